@@ -1,0 +1,1 @@
+"""The bitmaps: dirty bits and their life, pure."""

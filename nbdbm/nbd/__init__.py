@@ -1,0 +1,1 @@
+"""The wire: the NBD protocol as pure state machines. No sockets, no files, no clock."""

@@ -1,0 +1,1 @@
+"""The shell: sockets around the wire and the exports."""
