@@ -1,0 +1,99 @@
+"""NBD URIs: the specification's forms, the refusals, and the round trip."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdbm import uri
+from nbdbm.errors import UsageError
+from nbdbm.uri import NbdUri
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nbd://example.com", NbdUri.tcp("example.com")),
+        ("nbd://example.com/", NbdUri.tcp("example.com")),
+        ("nbd://example.com:10810/disk", NbdUri.tcp("example.com", 10810, "disk")),
+        ("NBD://Example.com/Disk", NbdUri.tcp("example.com", 10809, "Disk")),
+        ("nbd://[::1]:1/x", NbdUri.tcp("::1", 1, "x")),
+        ("nbd://[fe80::1%25eth0]/", NbdUri.tcp("fe80::1%eth0")),
+        ("nbd://h//slash", NbdUri.tcp("h", 10809, "/slash")),
+        ("nbd://h/a%20b%2Fc%23%C3%A9", NbdUri.tcp("h", 10809, "a b/c#é")),
+        ("nbd://h/x?unknown=1", NbdUri.tcp("h", 10809, "x")),
+        ("nbd+unix:///?socket=/tmp/s", NbdUri.unix("/tmp/s")),
+        ("nbd+unix:///disk?socket=/tmp/a%20b+c", NbdUri.unix("/tmp/a b+c", "disk")),
+        ("nbd+unix:///a+b?socket=%2Ftmp%2Fs", NbdUri.unix("/tmp/s", "a+b")),
+        ("nbd+unix:///?socket=rel&x=", NbdUri.unix("rel")),
+        ("nbd+unix:///?socket=/tmp/%FF", NbdUri.unix("/tmp/\udcff")),
+    ],
+)
+def test_parse(text: str, expected: NbdUri) -> None:
+    assert uri.is_uri(text)
+    assert uri.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("disk.qcow2", "not an NBD URI"),
+        ("http://h/", "not an NBD URI"),
+        ("nbds://h/", r"TLS \(nbds\) is not supported"),
+        ("nbds+unix:///?socket=/s", "TLS"),
+        ("nbd://h/?tls-psk-file=/x", "tls-psk-file: TLS"),
+        ("nbd:///disk", "the host is missing"),
+        ("nbd://user@h/", "user name"),
+        ("nbd://h:99999/", "not a valid URI"),
+        ("nbd://h:port/", "not a valid URI"),
+        ("nbd://[::1/", "not a valid URI"),
+        ("nbd://h/%FF", "not UTF-8"),
+        ("nbd://h/x#y", "fragment"),
+        ("nbd://h/?socket=/s", r"needs the nbd\+unix scheme"),
+        ("nbd+unix:///disk", "socket=PATH parameter is missing"),
+        ("nbd+unix:///?socket=", "socket=PATH parameter is missing"),
+        ("nbd+unix:///?socket=/a&socket=/b", "more than one socket"),
+        ("nbd+unix:///?socket=/a%00b", "zero byte"),
+        ("nbd+unix://host/?socket=/a", "has no host"),
+    ],
+)
+def test_parse_refuses(text: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what) as caught:
+        uri.parse(text)
+    assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (NbdUri.tcp("localhost"), "nbd://localhost"),
+        (NbdUri.tcp("::1", 1, "a b"), "nbd://[::1]:1/a%20b"),
+        (NbdUri.unix("/tmp/nbd.sock"), "nbd+unix:///?socket=/tmp/nbd.sock"),
+        (NbdUri.unix("/tmp/a b&c", "disk?"), "nbd+unix:///disk%3F?socket=/tmp/a%20b%26c"),
+    ],
+)
+def test_format(value: NbdUri, text: str) -> None:
+    assert str(value) == text
+
+
+exports = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(
+    socket=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+    export=exports,
+)
+def test_round_trip_unix(socket: str, export: str) -> None:
+    value = NbdUri.unix(socket, export)
+    assert uri.parse(str(value)) == value
+
+
+@given(
+    host=st.sampled_from(["localhost", "127.0.0.1", "::1", "fe80::1%eth0", "a.example"]),
+    port=st.integers(0, 65535),
+    export=exports,
+)
+def test_round_trip_tcp(host: str, port: int, export: str) -> None:
+    value = NbdUri.tcp(host, port, export)
+    assert uri.parse(str(value)) == value
