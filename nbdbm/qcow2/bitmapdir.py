@@ -32,7 +32,6 @@ from nbdbm.qcow2.constants import (
 )
 from nbdbm.qcow2.extensions import Buffer, HeaderExtension
 
-
 EXTENSION_DATA = struct.Struct(">IIQQ")
 ENTRY = struct.Struct(">QIIBBHI")
 """A directory entry's fixed part."""
