@@ -1,0 +1,76 @@
+"""Options that several subcommands share: how an image file is to be opened for looking at it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nbdbm.config import FORMATS
+from nbdbm.errors import UsageError
+
+if TYPE_CHECKING:
+    from nbdbm.image.image import OpenOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookOptions:
+    """What the command line says about opening an image; a field for each option of ``image_options``."""
+
+    format: str | None
+    force_share: bool
+    load_snapshot: str | None
+    no_backing: bool
+    backing_root: str | None
+
+    def __post_init__(self) -> None:
+        if self.no_backing and self.backing_root is not None:
+            raise UsageError("--no-backing excludes --backing-root: there would be nothing to confine")
+
+    def for_engine(self) -> OpenOptions:
+        """The engine's options for a read-only look."""
+        from nbdbm.image.image import OpenOptions
+
+        return OpenOptions(
+            format=self.format,
+            read_only=True,
+            snapshot=self.load_snapshot,
+            no_backing=self.no_backing,
+            backing_root=self.backing_root,
+            force_share=self.force_share,
+        )
+
+    def refuse_for(self, uri: str) -> None:
+        """Raise UsageError if any of them was given although the disk is a server's."""
+        for name in self.__slots__:
+            if getattr(self, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"{uri}: --{option} is for image files, not for NBD servers")
+
+
+_OPTIONS = (
+    click.option(
+        "-f", "--format", type=click.Choice(FORMATS), help="Format of IMAGE (default: see what it is)."
+    ),
+    click.option("-U", "--force-share", is_flag=True, help="Look even while somebody writes to IMAGE."),
+    click.option("-l", "--load-snapshot", metavar="NAME", help="Look at an internal snapshot of IMAGE."),
+    click.option("--no-backing", is_flag=True, help="Refuse an IMAGE that refers to another file."),
+    click.option("--backing-root", metavar="DIR", help="Refuse backing and data files outside DIR."),
+)
+
+
+def image_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of LookOptions, handed to it as ``look``."""
+
+    @functools.wraps(command)
+    def with_look(**arguments: Any) -> None:
+        fields = {name: arguments.pop(name) for name in LookOptions.__slots__}
+        command(look=LookOptions(**fields), **arguments)
+
+    wrapped: Callable[..., None] = with_look
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
