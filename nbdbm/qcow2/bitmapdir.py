@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from nbdbm.errors import FormatError
@@ -265,20 +266,54 @@ def table_entries(size: int, granularity: int, cluster_size: int) -> int:
     return -(-bitmap_bytes(size, granularity) // cluster_size)
 
 
-def table_refusal(table: tuple[int, ...], cluster_size: int, file_size: int) -> str | None:
+def table_refusal(table: tuple[int, ...], cluster_size: int, total: int, file_size: int) -> str | None:
     """Why a bitmap's table cannot be used, or None ("Bitmap table": reserved bits, alignment).
 
-    A cluster that begins inside the file may end past it: the rest reads as zeroes.
+    Each of the ``total`` bytes of bits must lie inside the file: what is past its end would read as clean.
     """
-    # Few bitmaps have distinct clusters by the thousands; the ordinary entries are passed quickly.
     bad_bits = BITMAP_ENTRY_RESERVED_MASK | (cluster_size - 1)
+    last = len(table) - 1
+    highest = file_size - cluster_size
     for index, entry in enumerate(table):
+        if not entry:
+            continue
         if entry & bad_bits:
             if entry == BITMAP_ALL_ONES:
                 continue
             if entry & BITMAP_ENTRY_RESERVED_MASK or (entry & BITMAP_ALL_ONES and entry & OFFSET_MASK):
                 return f"entry {index} of its table is {entry:#x}: reserved bits are set"
             return f"entry {index} of its table is {entry:#x}: not a multiple of the cluster size"
-        if entry >= file_size:
+        if entry > highest and not (index == last and entry + total - last * cluster_size <= file_size):
             return f"entry {index} of its table is {entry:#x}: past the file's end ({file_size})"
     return None
+
+
+def data_runs(
+    table: tuple[int, ...], cluster_size: int, total: int, limit: int
+) -> Iterator[tuple[int, int, int | None]]:
+    """What of ``total`` bytes of bits is not zero: (position, length, host offset), None for all ones.
+
+    Clusters that lie next to each other in the file are read together, up to ``limit`` bytes (which is a
+    multiple of the cluster size or less than it). The table was judged before.
+    """
+    entries = len(table)
+    index = 0
+    while index < entries:
+        entry = table[index]
+        if not entry:
+            index += 1
+            continue
+        first = index
+        index += 1
+        if entry == BITMAP_ALL_ONES:
+            while index < entries and table[index] == BITMAP_ALL_ONES:
+                index += 1
+        else:
+            most = first + max(1, limit // cluster_size)
+            following = entry + cluster_size
+            while index < entries and index < most and table[index] == following:
+                index += 1
+                following += cluster_size
+        at = first * cluster_size
+        host = None if entry == BITMAP_ALL_ONES else entry
+        yield at, min(index * cluster_size, total) - at, host

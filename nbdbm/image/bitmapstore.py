@@ -1,0 +1,247 @@
+"""BitmapStore: the bitmaps of one qcow2 file, found and judged at open, loaded on first need.
+
+What is wrong costs as little service as it can:
+
+    autoclear bit 0 unset             the extension is stale: a notice, no bitmaps
+    extension or directory broken     where bitmaps are cannot be known: a notice, no bitmaps
+    one entry or its table broken     that bitmap is refused with its reason; its neighbours are served
+    IN_USE                            that bitmap is inconsistent; its table and bits are never looked at
+    bits that cannot be read          BitmapError for who asks for them; asked again, tried again
+
+The image's data is served in every case. (QEMU opens no image whose directory, or any
+entry of it, is broken.) Entries are kept verbatim, so that rewriting the directory keeps those we do not
+understand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections import OrderedDict
+from typing import NamedTuple
+
+from nbdbm.bitmaps.dirty import DirtyBitmap
+from nbdbm.bitmaps.tracker import (
+    INCONSISTENT_REASON,
+    BitmapState,
+    BitmapTracker,
+    Step,
+    TrackedBitmap,
+)
+from nbdbm.errors import BitmapError, FormatError
+from nbdbm.image.blockfile import BlockFile
+from nbdbm.qcow2.bitmapdir import (
+    BitmapsExtension,
+    DirectoryEntry,
+    bitmap_bytes,
+    data_runs,
+    duplicate_names,
+    parse_directory,
+    table_refusal,
+)
+from nbdbm.qcow2.constants import AutoclearFeature, ExtensionType
+from nbdbm.qcow2.header import Header
+
+log = logging.getLogger(__name__)
+
+JUDGED_TABLES = 1024
+JUDGED_TABLE_BYTES = 16 * 1024 * 1024
+"""How many bitmap tables are judged while the image is opened, in directory order; the others on first
+need. A bitmap that is advertised and then fails is poor service, but a directory may ask for 65535 reads,
+or for the same 8 MiB table 65535 times over, before the first client is served."""
+
+READ_SIZE = 1024 * 1024
+"""Bytes of bits read at a time, where clusters are adjacent: bounds what a load needs beside its result."""
+
+LOADED_LIMIT = 1024 * 1024 * 1024
+"""Bytes of read-only bitmaps that stay in memory: beyond it the least recently used are dropped, to be
+loaded again when they are asked for. It holds two bitmaps of the greatest size there is; without a limit,
+a small file with thousands of those (they may share their clusters) would take all memory."""
+
+
+class StoredBitmap(NamedTuple):
+    """A bitmap, and what the directory says of it."""
+
+    tracked: TrackedBitmap
+    entry: DirectoryEntry
+    offset: int
+    """Of the entry in the file, bytes."""
+
+
+class BitmapStore:
+    """Made by ``load``. Runs in one event loop; ``close`` it before the file is closed."""
+
+    tracker: BitmapTracker
+    notices: list[str]
+    """What the user should hear of bitmaps that are missing as a whole; refused ones tell themselves."""
+    extension: BitmapsExtension | None
+    """Where the directory is; None when there is none that can be trusted."""
+
+    def __init__(self, file: BlockFile, header: Header, size: int, *, writable: bool) -> None:
+        self.tracker = BitmapTracker(size)
+        self.notices = []
+        self.extension = None
+        self.stored: list[StoredBitmap] = []
+        """Every entry of the directory, in order."""
+        self._file = file
+        self._cluster_size = header.cluster_size
+        self._size = size
+        self._writable = writable
+        self._entries: dict[TrackedBitmap, DirectoryEntry] = {}
+        self._loads: dict[TrackedBitmap, asyncio.Task[DirtyBitmap]] = {}
+        self._load_lock = asyncio.Lock()
+        self._recent: OrderedDict[TrackedBitmap, int] = OrderedDict()
+        """Loaded bitmaps that may be dropped -> bytes in memory; the least recently used first."""
+
+    @classmethod
+    async def load(cls, file: BlockFile, header: Header, size: int, *, writable: bool) -> BitmapStore:
+        """Read and judge the directory and the tables of a disk of ``size`` bytes; the bits are not read.
+
+        Never fails for what the file says: what cannot be used is in ``notices`` or refused.
+        """
+        store = cls(file, header, size, writable=writable)
+        try:
+            await store._load_directory(header)
+        except FormatError as error:
+            store.notices.append(f"no bitmap can be used: {error}")
+        except OSError as error:
+            log.warning("%s: reading the bitmap directory: %s", file.path, error)
+            store.notices.append(f"no bitmap can be used: reading the bitmap directory failed: {error}")
+        return store
+
+    async def _load_directory(self, header: Header) -> None:
+        found = [e for e in header.extensions if e.type == ExtensionType.BITMAPS]
+        trusted = bool(header.autoclear_features & AutoclearFeature.BITMAPS)
+        if not found:
+            if trusted:
+                self.notices.append(
+                    "autoclear feature bit 0 (bitmaps) is set, but there is no bitmaps extension"
+                )
+            return
+        if not trusted:
+            self.notices.append(
+                "the bitmaps extension is stale and was ignored: the image was written by a program that"
+                " does not know bitmaps"
+            )
+            return
+        if len(found) > 1:
+            raise FormatError("bitmaps extension", None, "appears more than once")
+        extension = BitmapsExtension.parse(found[0].data)
+        extension.validate(self._cluster_size, self._file.size)
+        directory = await self._file.pread(extension.directory_offset, extension.directory_size)
+        entries = parse_directory(directory, extension.nb_bitmaps)
+        self.extension = extension
+        await self._judge(entries, extension.directory_offset)
+
+    async def _judge(self, entries: list[DirectoryEntry], offset: int) -> None:
+        duplicates = duplicate_names(entries)
+        tables, table_bytes = 0, 0
+        for entry in entries:
+            refusal = entry.refusal(self._size, self._cluster_size, self._file.size)
+            if refusal is None and entry.raw_name in duplicates:
+                refusal = "there is more than one bitmap of this name"
+            if entry.in_use:
+                state, refusal = BitmapState.INCONSISTENT, refusal or INCONSISTENT_REASON
+            else:
+                if refusal is None and tables < JUDGED_TABLES and table_bytes < JUDGED_TABLE_BYTES:
+                    tables += 1
+                    table_bytes += 8 * entry.table_size
+                    try:
+                        _, refusal = await self._read_table(entry)
+                    except OSError as error:
+                        log.warning("%s: reading a bitmap table: %s", self._file.path, error)
+                        refusal = f"reading its table failed: {error}"
+                usable = BitmapState.VALID if self._writable else BitmapState.READ_ONLY
+                state = usable if refusal is None else BitmapState.REFUSED
+            tracked = TrackedBitmap(
+                entry.name, entry.granularity, enabled=entry.auto, state=state, refusal=refusal
+            )
+            self.stored.append(StoredBitmap(tracked, entry, offset))
+            self._entries[tracked] = entry
+            offset += entry.packed_size
+        self.tracker.attach(*(stored.tracked for stored in self.stored))
+
+    async def _read_table(self, entry: DirectoryEntry) -> tuple[tuple[int, ...], str | None]:
+        """The bitmap table, and why it cannot be used if so. The entry itself was judged before."""
+        raw = await self._file.pread(entry.table_offset, 8 * entry.table_size)
+        table: tuple[int, ...] = struct.unpack(f">{entry.table_size}Q", raw)
+        total = bitmap_bytes(self._size, entry.granularity)
+        return table, table_refusal(table, self._cluster_size, total, self._file.size)
+
+    # -- the bits ------------------------------------------------------------------------------
+
+    async def bits(self, name: str) -> DirtyBitmap:
+        """The bits of this bitmap, loaded on first need; concurrent callers share one load.
+
+        Raises:
+            BitmapError: there is none of this name, it was refused, or its bits cannot be read.
+        """
+        bitmap = self.tracker.find(name)
+        if bitmap.bits is not None:
+            if bitmap in self._recent:
+                self._recent.move_to_end(bitmap)
+            return bitmap.bits
+        task = self._loads.get(bitmap)
+        if task is None:
+            task = self._loads[bitmap] = asyncio.create_task(self._load(bitmap), name=f"load bitmap {name!r}")
+            task.add_done_callback(lambda done: self._load_done(bitmap, done))
+        try:
+            # Shielded: one caller may give up while others wait for the same bits.
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if task.cancelled() and not (current and current.cancelling()):
+                raise BitmapError(name, "the image is being closed") from None
+            raise
+
+    def _load_done(self, bitmap: TrackedBitmap, task: asyncio.Task[DirtyBitmap]) -> None:
+        del self._loads[bitmap]
+        if not task.cancelled():
+            task.exception()  # seen, even if every caller has gone
+
+    async def _load(self, bitmap: TrackedBitmap) -> DirtyBitmap:
+        # One at a time: what is being loaded counts in no limit until it is there.
+        async with self._load_lock:
+            entry = self._entries[bitmap]
+            try:
+                table, refusal = await self._read_table(entry)
+                if refusal is not None:
+                    self.tracker.apply(Step.LOSE, bitmap, reason=refusal)
+                    raise BitmapError(bitmap.name, refusal)
+                bits = await self._read_bits(entry, table)
+            except OSError as error:
+                log.warning("%s: reading bitmap %r: %s", self._file.path, bitmap.name, error)
+                failure = BitmapError(bitmap.name, f"reading it failed: {error}")
+                failure.errno = error.errno or failure.errno
+                raise failure from error
+            bitmap.bits = bits
+            if bitmap.state is BitmapState.READ_ONLY:
+                self._recent[bitmap] = bits.memory()
+                self._shrink()
+            return bits
+
+    async def _read_bits(self, entry: DirectoryEntry, table: tuple[int, ...]) -> DirtyBitmap:
+        bits = DirtyBitmap(self._size, entry.granularity)
+        total = bitmap_bytes(self._size, entry.granularity)
+        for at, length, host in data_runs(table, self._cluster_size, total, READ_SIZE):
+            if host is None:
+                bits.load_ones(at, length)
+            else:
+                bits.load(at, await self._file.pread(host, length))
+        return bits
+
+    def _shrink(self) -> None:
+        """Drop the least recently used bits beyond the limit; who holds them goes on holding them."""
+        total = sum(self._recent.values())
+        while total > LOADED_LIMIT and len(self._recent) > 1:
+            bitmap, cost = self._recent.popitem(last=False)
+            total -= cost
+            bitmap.bits = None
+
+    async def close(self) -> None:
+        """Stop whatever is being loaded; those who wait for it get a BitmapError."""
+        tasks = list(self._loads.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
