@@ -67,7 +67,7 @@ def describe(context: str, flags: int) -> str | None:
     default=None,
     help="Draw the disk, rather than list its extents (the default on a terminal).",
 )
-@image_options
+@image_options(snapshot=True)
 def map_command(
     target: str,
     context: str | None,

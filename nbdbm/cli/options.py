@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class LookOptions:
     """What the command line says about opening an image; a field for each option of ``image_options``."""
 
-    format: str | None
-    force_share: bool
-    load_snapshot: str | None
-    no_backing: bool
-    backing_root: str | None
+    format: str | None = None
+    force_share: bool = False
+    load_snapshot: str | None = None
+    no_backing: bool = False
+    backing_root: str | None = None
 
     def __post_init__(self) -> None:
         if self.no_backing and self.backing_root is not None:
@@ -51,26 +51,34 @@ class LookOptions:
                 raise UsageError(f"{uri}: --{option} is for image files, not for NBD servers")
 
 
-_OPTIONS = (
-    click.option(
-        "-f", "--format", type=click.Choice(FORMATS), help="Format of IMAGE (default: see what it is)."
-    ),
-    click.option("-U", "--force-share", is_flag=True, help="Look even while somebody writes to IMAGE."),
-    click.option("-l", "--load-snapshot", metavar="NAME", help="Look at an internal snapshot of IMAGE."),
-    click.option("--no-backing", is_flag=True, help="Refuse an IMAGE that refers to another file."),
-    click.option("--backing-root", metavar="DIR", help="Refuse backing and data files outside DIR."),
+_FORMAT = click.option(
+    "-f", "--format", type=click.Choice(FORMATS), help="Format of IMAGE (default: see what it is)."
+)
+_FORCE_SHARE = click.option(
+    "-U", "--force-share", is_flag=True, help="Look even while somebody writes to IMAGE."
+)
+_SNAPSHOT = click.option(
+    "-l", "--load-snapshot", metavar="NAME", help="Look at an internal snapshot of IMAGE."
+)
+_NO_BACKING = click.option("--no-backing", is_flag=True, help="Refuse an IMAGE that refers to another file.")
+_BACKING_ROOT = click.option(
+    "--backing-root", metavar="DIR", help="Refuse backing and data files outside DIR."
 )
 
 
-def image_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of LookOptions, handed to it as ``look``."""
+def image_options(*, snapshot: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of LookOptions, handed to it as ``look``; the snapshot's if ``snapshot``."""
+    options = [_FORMAT, _FORCE_SHARE, *([_SNAPSHOT] if snapshot else ()), _NO_BACKING, _BACKING_ROOT]
 
-    @functools.wraps(command)
-    def with_look(**arguments: Any) -> None:
-        fields = {name: arguments.pop(name) for name in LookOptions.__slots__}
-        command(look=LookOptions(**fields), **arguments)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_look(**arguments: Any) -> None:
+            fields = {name: arguments.pop(name) for name in LookOptions.__slots__ if name in arguments}
+            command(look=LookOptions(**fields), **arguments)
 
-    wrapped: Callable[..., None] = with_look
-    for option in reversed(_OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped
+        wrapped: Callable[..., None] = with_look
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
