@@ -170,7 +170,7 @@ class BitmapTracker:
         return len(self._all)
 
     def get(self, name: str) -> TrackedBitmap | None:
-        """The bitmap of this name, usable or not (the first one where a name repeats), or None."""
+        """The bitmap of this name, usable or not, or None; of several, the usable one, else the first."""
         return self._by_name.get(name)
 
     def usable(self) -> list[TrackedBitmap]:
@@ -197,8 +197,11 @@ class BitmapTracker:
     def attach(self, *bitmaps: TrackedBitmap) -> None:
         """Take in bitmaps that the disk has, behind those there are."""
         for bitmap in bitmaps:
-            first = self._by_name.setdefault(bitmap.name, bitmap)
-            assert first is bitmap or not (first.usable or bitmap.usable)
+            other = self._by_name.get(bitmap.name)
+            assert other is None or not (other.usable and bitmap.usable)
+            # A usable one is never hidden by a refused one whose unprintable name reads the same.
+            if other is None or bitmap.usable:
+                self._by_name[bitmap.name] = bitmap
         self._all += bitmaps
         self._refresh()
 
