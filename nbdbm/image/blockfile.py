@@ -1,8 +1,32 @@
-"""BlockFile: the seam between the engine and the files under it."""
+"""BlockFile: the seam between the engine and the files under it; ThreadedFile, a real host file."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import asyncio
+import contextlib
+import errno
+import functools
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from nbdbm.errors import ImageError
+
+T = TypeVar("T")
+
+IO_THREADS = 16
+"""Calls of one process that wait for disks (or decompress) at the same time. More gain little on one
+disk, and each costs a stack."""
+
+ZEROES = bytes(1024 * 1024)
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
+CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
+"""What a host answers that has no such operation."""
 
 
 class BlockFile(Protocol):
@@ -26,10 +50,11 @@ class BlockFile(Protocol):
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` now if that needs no waiting (page cache); return False otherwise."""
 
-    async def data_run(self, offset: int, length: int) -> tuple[bool, int]:
-        """Whether data (True) or a hole (False) begins at ``offset``, and for how many bytes (<= length).
+    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
+        """What the range holds, as consecutive (data or hole, length), at most ``limit`` of them.
 
-        Where the host cannot tell, everything is data.
+        They cover a non-empty prefix of the range (all of it if fewer than ``limit``) and alternate.
+        Past the end of the file is a hole. Where the host cannot tell, everything is data.
         """
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -52,3 +77,273 @@ class BlockFile(Protocol):
 
     def close(self) -> None:
         """Release the file and its locks; idempotent."""
+
+
+# -- a real file -------------------------------------------------------------------------------
+
+
+@functools.cache
+def io_pool() -> ThreadPoolExecutor:
+    """The process's I/O threads, started on first need."""
+    return ThreadPoolExecutor(IO_THREADS, thread_name_prefix="nbdbm-io")
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run a blocking call in an I/O thread.
+
+    Cancellation waits until the call has ended: a thread may be filling a buffer whose owner would
+    otherwise give it to somebody else.
+    """
+    job = io_pool().submit(function, *args)
+    future = asyncio.wrap_future(job)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        if not job.cancel():
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((future,))
+            future.exception()
+        raise
+
+
+def fill_zeroes(view: memoryview) -> None:
+    """Overwrite all of ``view`` with zeroes."""
+    length = len(view)
+    step = len(ZEROES)
+    if length <= step:
+        view[:] = ZEROES[:length]
+        return
+    for at in range(0, length, step):
+        part = min(step, length - at)
+        view[at : at + part] = ZEROES[:part]
+
+
+KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def _refuse_kind(path: str, mode: int) -> None:
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return
+    kind = next((name for test, name in KINDS if test(mode)), f"of an unknown type ({mode:#o})")
+    raise ImageError(path, f"is {kind}; only regular files and block devices can be served")
+
+
+class ThreadedFile:
+    """A regular file or block device. What the page cache cannot answer at once goes to an I/O thread.
+
+    Opened read-only it changes nothing of the file; the access time follows the mount's options.
+    """
+
+    def __init__(self, path: str, fd: int, *, writable: bool) -> None:
+        self.path = path
+        self.fd = fd
+        self.writable = writable
+        self.identity = _identity(os.fstat(fd))
+        """The same for two paths to one file."""
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._nowait = True
+        """False once the file system has said that it knows no RWF_NOWAIT."""
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool = False) -> ThreadedFile:
+        """Open ``path``.
+
+        Raises:
+            ImageError: it is missing, not permitted, or neither regular file nor block device.
+        """
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            # Looked at before it is opened: opening alone makes some devices act, and blocks on some.
+            _refuse_kind(path, os.stat(path).st_mode)
+            fd = os.open(path, flags)
+        except OSError as error:
+            raise ImageError(path, f"cannot be opened: {error.strerror}", errno=error.errno) from error
+        except ValueError as error:
+            raise ImageError(path, f"cannot be opened: {error}", errno=errno.EINVAL) from error
+        try:
+            _refuse_kind(path, os.fstat(fd).st_mode)
+            return cls(path, fd, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def real_path(self) -> str:
+        """Where the open file really lies, whatever links led to it."""
+        return os.readlink(f"/proc/self/fd/{self.fd}")
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def try_pread_into(self, view: memoryview, offset: int) -> bool:
+        """Fill ``view`` now if that needs no waiting (page cache); return False otherwise."""
+        return self._read_cached(view, offset) == len(view)
+
+    def _read_cached(self, view: memoryview, offset: int) -> int:
+        """Bytes filled at once, from the start of ``view``."""
+        if not self._nowait:
+            return 0
+        try:
+            done = os.preadv(self.fd, (view,), offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno in CANNOT:
+                self._nowait = False
+            # Any other error comes again from the thread, where there is somebody to raise it to.
+            return 0
+        if done < len(view) and offset + done >= self.size:
+            fill_zeroes(view[done:])
+            return len(view)
+        return done
+
+    async def pread_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset``; bytes past the end of the file are zeroes."""
+        done = self._read_cached(view, offset)
+        if done < len(view):
+            await in_thread(self._fill, view[done:], offset + done)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self.fd, (view[done:],), offset + done)
+            if not count:
+                fill_zeroes(view[done:])
+                return
+            done += count
+
+    async def pread(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes; those past the end of the file are zeroes."""
+        buffer = bytearray(length)
+        await self.pread_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
+        """What the range holds, see BlockFile."""
+        return await in_thread(self._data_runs, offset, length, limit)
+
+    def _data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
+        end = offset + length
+        runs: list[tuple[bool, int]] = []
+        while offset < end and len(runs) < limit:
+            try:
+                data = min(os.lseek(self.fd, offset, os.SEEK_DATA), end)
+                if data > offset:
+                    runs.append((False, data - offset))
+                    offset = data
+                    continue
+                hole = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+            except OSError as error:
+                # ENXIO: no data from here to the end of the file. Others: the host cannot tell.
+                data_left = error.errno != errno.ENXIO
+                if data_left and offset < self.size < end:
+                    runs.append((True, self.size - offset))
+                    offset = self.size
+                    data_left = False
+                if runs and runs[-1][0] == data_left:
+                    offset -= runs.pop()[1]
+                runs.append((data_left, end - offset))
+                break
+            if hole <= offset:
+                break
+            runs.append((True, hole - offset))
+            offset = hole
+        # Somebody else may be changing the file between the two calls: say data, and get on.
+        return runs or [(True, length)]
+
+    # -- writing -------------------------------------------------------------------------------
+
+    async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of ``data``, extending the file where needed."""
+        await in_thread(self._pwrite, offset, memoryview(data))
+        self.size = max(self.size, offset + len(data))
+
+    def _pwrite(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            count = os.pwritev(self.fd, (view[done:],), offset + done)
+            if not count:
+                raise OSError(errno.EIO, "nothing could be written", self.path)
+            done += count
+
+    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
+        """Make the range read as zeroes; ``punch`` allows giving its space back."""
+        if length <= 0:
+            return
+        await in_thread(self._zero, offset, length, punch)
+        self.size = max(self.size, offset + length)
+
+    def _zero(self, offset: int, length: int, punch: bool) -> None:
+        # Past the end of the file there is nothing to punch: growing it reads as zeroes.
+        inside = min(length, max(0, self.size - offset))
+        modes = [FALLOC_FL_ZERO_RANGE]
+        if punch and inside == length:
+            modes.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+        for mode in modes:
+            if _fallocate(self.fd, mode, offset, length):
+                return
+        for at in range(0, length, len(ZEROES)):
+            part = min(len(ZEROES), length - at)
+            self._pwrite(offset + at, memoryview(ZEROES)[:part])
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give the range's space back where the host can; its content is undefined afterwards."""
+        if length > 0:
+            await in_thread(_fallocate, self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    async def truncate(self, size: int) -> None:
+        """Set the length; growth reads as zeroes."""
+        await in_thread(os.ftruncate, self.fd, size)
+        self.size = size
+
+    async def sync(self) -> None:
+        """Return once everything written before the call is on stable storage."""
+        await in_thread(os.fdatasync, self.fd)
+
+    # -- the file itself -----------------------------------------------------------------------
+
+    def allocated(self) -> int:
+        """Bytes that the host has allocated for the file (st_blocks); all of a block device."""
+        status = os.fstat(self.fd)
+        return self.size if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
+
+    def close(self) -> None:
+        """Release the file and its locks; idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    if stat.S_ISBLK(status.st_mode):
+        return (-1, status.st_rdev)
+    return (status.st_dev, status.st_ino)
+
+
+@functools.cache
+def _libc_fallocate() -> Callable[[int, int, int, int], int]:
+    import ctypes
+
+    function = ctypes.CDLL(None, use_errno=True).fallocate
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    function.restype = ctypes.c_int
+
+    def call(fd: int, mode: int, offset: int, length: int) -> int:
+        return ctypes.get_errno() if function(fd, mode, offset, length) else 0
+
+    return call
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """fallocate(2), which the standard library lacks; False where the host cannot do it."""
+    while True:
+        failure = _libc_fallocate()(fd, mode, offset, length)
+        if failure == errno.EINTR:
+            continue
+        if failure and failure not in CANNOT:
+            raise OSError(failure, os.strerror(failure))
+        return not failure

@@ -1,0 +1,324 @@
+"""The way down for reads: a range of the disk to pieces of files, through all layers.
+
+A read is planned first and carried out then::
+
+    disk range  |----------------------------------------------|
+    layer 0     |data A|  unallocated     |zero |data B |packed|    its map
+    layer 1            |data C | unalloc. |                         asked for the gaps only
+    layer 2                    |past its end: zero
+
+    pieces: A, B from layer 0's file, C from layer 1's; two zero parts; one cluster to decompress
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from nbdbm.errors import FormatError
+from nbdbm.image.backing import Layer
+from nbdbm.image.blockfile import BlockFile, fill_zeroes, in_thread
+from nbdbm.image.cache import ClusterCache
+from nbdbm.image.clusters import ClusterMap
+from nbdbm.qcow2.compressed import CompressedDescriptor
+from nbdbm.qcow2.mapping import ABSENT, Kind
+
+PARALLEL = 16
+"""Pieces of one request that wait for the disk at the same time."""
+
+NOWAIT_BATCH = 64
+"""Pieces read from the page cache before other requests get their turn."""
+
+INLINE_CLUSTER = 8 * 1024
+"""Bytes; decompressing no more than this takes less time than handing it to a thread."""
+
+UNPACK_BATCH = 8
+"""Clusters decompressed per visit of a thread."""
+
+MIN_HOLE = 4096
+"""Bytes; zeroes between data that are not worth a chunk of their own on the wire."""
+
+SPARSE_RAW = 64 * 1024
+"""Bytes; raw images are asked for holes only by reads of at least this."""
+
+RAW_RUNS = 64
+"""Holes and data parts of a raw image looked at per read; what follows is read as data."""
+
+
+class Piece(NamedTuple):
+    """``length`` bytes of ``file`` at ``host`` that belong at ``at`` in the reader's view."""
+
+    file: BlockFile
+    host: int
+    at: int
+    length: int
+
+
+class Packed(NamedTuple):
+    """``length`` bytes from ``within`` of a compressed cluster that belong at ``at``."""
+
+    layer: Layer
+    entry: int
+    guest: int
+    """Offset of the cluster on its layer's disk."""
+    within: int
+    at: int
+    length: int
+
+
+class Plan:
+    """What one read takes."""
+
+    __slots__ = ("packed", "pieces", "zeroes")
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.packed: list[Packed] = []
+        self.zeroes: list[tuple[int, int]] = []
+        """(at, length), not necessarily ascending."""
+
+
+class Reader:
+    """Reads the disk that a chain of layers makes up."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._clusters = ClusterCache()
+
+    async def close(self) -> None:
+        """Wait for what is still loading."""
+        await self._clusters.close()
+
+    # -- the short way -------------------------------------------------------------------------
+
+    def try_read_into(self, view: memoryview, offset: int) -> bool:
+        """Fill ``view`` at once if the range is one piece (or nothing at all), its table cached, and its
+        data in the page cache; return False, and leave anything in ``view``, otherwise."""
+        length = len(view)
+        for layer in self._layers:
+            if offset + length > layer.size:
+                return False
+            clusters = layer.map
+            if clusters is None:
+                return layer.file.try_pread_into(view, offset)
+            host = clusters.locate(offset, length)
+            if host >= 0:
+                return clusters.data.try_pread_into(view, host)
+            if host != ABSENT:
+                return False
+        fill_zeroes(view)
+        return True
+
+    # -- the general way -----------------------------------------------------------------------
+
+    async def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset``."""
+        if not len(view) or self.try_read_into(view, offset):
+            return
+        plan = await self._plan(offset, len(view), sparse=False)
+        for at, length in plan.zeroes:
+            fill_zeroes(view[at : at + length])
+        await self._carry_out(plan, view)
+
+    async def read_sparse(self, view: memoryview, offset: int) -> list[tuple[int, bool]]:
+        """Fill the parts of ``view`` that may hold data; return (length, is data) for all of it."""
+        total = len(view)
+        if not total:
+            return []
+        if total < SPARSE_RAW and self.try_read_into(view, offset):
+            return [(total, True)]
+        plan = await self._plan(offset, total, sparse=True)
+        holes = _merge(plan.zeroes)
+        parts: list[tuple[int, bool]] = []
+        end = 0
+        for at, length in holes:
+            if length < MIN_HOLE and length < total:
+                fill_zeroes(view[at : at + length])
+                continue
+            if at > end:
+                parts.append((at - end, True))
+            parts.append((length, False))
+            end = at + length
+        if end < total:
+            parts.append((total - end, True))
+        await self._carry_out(plan, view)
+        return parts
+
+    async def _plan(self, offset: int, length: int, *, sparse: bool) -> Plan:
+        """Find the pieces. What a layer leaves unallocated is looked for in the next one down."""
+        plan = Plan()
+        gaps = [(offset, length)]
+        for layer in self._layers:
+            if not gaps:
+                break
+            below: list[tuple[int, int]] = []
+            for start, size in gaps:
+                inside = min(size, layer.size - start)
+                if inside < size:
+                    # A layer shorter than those above reads as zeroes past its end.
+                    cut = max(start, layer.size)
+                    plan.zeroes.append((cut - offset, start + size - cut))
+                if inside <= 0:
+                    continue
+                if layer.map is None:
+                    await _plan_raw(plan, layer, start, inside, offset, sparse)
+                else:
+                    await _plan_qcow2(plan, layer, layer.map, start, inside, offset, below)
+            gaps = below
+        plan.zeroes += [(start - offset, size) for start, size in gaps]
+        return plan
+
+    async def _carry_out(self, plan: Plan, view: memoryview) -> None:
+        """Read and decompress all pieces into their places."""
+        waiting: list[Coroutine[Any, Any, None]] = []
+        left: list[Piece] = []
+        for count, piece in enumerate(plan.pieces, 1):
+            if not piece.file.try_pread_into(view[piece.at : piece.at + piece.length], piece.host):
+                left.append(piece)
+            if not count % NOWAIT_BATCH:
+                await asyncio.sleep(0)
+        if left:
+            work = iter(left)
+            waiting += [_read_pieces(work, view) for _ in range(min(PARALLEL, len(left)))]
+        if plan.packed:
+            batches = _batches(plan.packed)
+            waiting += [self._unpack_batches(batches, view) for _ in range(min(PARALLEL, len(plan.packed)))]
+        if len(waiting) == 1:
+            await waiting[0]
+        elif waiting:
+            # All of them have ended when this returns or raises: nobody writes into the view any more.
+            for result in await asyncio.gather(*waiting, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+
+    # -- compressed clusters -------------------------------------------------------------------
+
+    async def _unpack_batches(self, batches: Iterator[list[Packed]], view: memoryview) -> None:
+        for batch in batches:
+            size = batch[0].layer.header.cluster_size if batch[0].layer.header else 0
+            whole = [piece for piece in batch if piece.length == size]
+            if whole:
+                for piece, data in zip(whole, await self._unpack(whole), strict=True):
+                    view[piece.at : piece.at + size] = data
+            for piece in batch:
+                if piece.length != size:
+                    data = await self._cluster(piece)
+                    view[piece.at : piece.at + piece.length] = data[
+                        piece.within : piece.within + piece.length
+                    ]
+
+    async def _cluster(self, piece: Packed) -> bytes:
+        """The whole cluster of a piece, kept: neighbouring small reads are likely to want it."""
+        assert piece.layer.map is not None
+
+        async def load() -> bytes:
+            return (await self._unpack([piece]))[0]
+
+        return await self._clusters.load(piece.layer.map.tag + piece.guest, load)
+
+    async def _unpack(self, batch: list[Packed]) -> list[bytes]:
+        """Read and decompress whole clusters of one layer."""
+        layer = batch[0].layer
+        clusters, decompress = layer.map, layer.decompress
+        assert clusters is not None and decompress is not None
+        size = clusters.geometry.cluster_size
+        packed: list[bytes] = []
+        for piece in batch:
+            try:
+                where = CompressedDescriptor.parse(clusters.geometry, piece.entry)
+            except FormatError as error:
+                raise clusters.complain_entry(piece.guest, error) from error
+            if where.host_offset >= clusters.file.size:
+                beyond = FormatError("L2 entry", piece.entry, "its compressed data lies past the file's end")
+                raise clusters.complain_entry(piece.guest, beyond)
+            # The last sector may be cut by the end of the file: the data has ended before.
+            packed.append(await clusters.file.pread(where.host_offset, where.length))
+
+        def unpack() -> list[bytes | FormatError]:
+            done: list[bytes | FormatError] = []
+            for data in packed:
+                try:
+                    done.append(decompress(data, size))
+                except FormatError as error:
+                    done.append(error)
+                    break
+            return done
+
+        done = unpack() if size * len(packed) <= INLINE_CLUSTER else await in_thread(unpack)
+        results: list[bytes] = []
+        for piece, result in zip(batch, done, strict=False):
+            if isinstance(result, FormatError):
+                raise clusters.complain_entry(piece.guest, result) from result
+            results.append(result)
+        return results
+
+
+async def _plan_raw(plan: Plan, layer: Layer, start: int, length: int, offset: int, sparse: bool) -> None:
+    """Pieces of a raw layer: one, or around its holes if the reader cares."""
+    if sparse and layer.sparse and length >= SPARSE_RAW:
+        for data, part in await layer.file.data_runs(start, length, RAW_RUNS):
+            if data:
+                plan.pieces.append(Piece(layer.file, start, start - offset, part))
+            else:
+                plan.zeroes.append((start - offset, part))
+            start += part
+            length -= part
+    if length:
+        plan.pieces.append(Piece(layer.file, start, start - offset, length))
+
+
+async def _plan_qcow2(
+    plan: Plan,
+    layer: Layer,
+    clusters: ClusterMap,
+    start: int,
+    length: int,
+    offset: int,
+    below: list[tuple[int, int]],
+) -> None:
+    """Pieces of a qcow2 layer; unallocated ranges go to ``below``, neighbours merged."""
+    mask = clusters.geometry.cluster_mask
+    for kind, part, host in await clusters.map(start, length):
+        if kind is Kind.DATA:
+            plan.pieces.append(Piece(clusters.data, host, start - offset, part))
+        elif kind is Kind.UNALLOCATED:
+            if below and sum(below[-1]) == start:
+                below[-1] = (below[-1][0], below[-1][1] + part)
+            else:
+                below.append((start, part))
+        elif kind is Kind.COMPRESSED:
+            within = start & mask
+            plan.packed.append(Packed(layer, host, start - within, within, start - offset, part))
+        else:
+            plan.zeroes.append((start - offset, part))
+        start += part
+
+
+async def _read_pieces(work: Iterable[Piece], view: memoryview) -> None:
+    """Read one piece after the other; several of these share one iterator."""
+    for file, host, at, length in work:
+        await file.pread_into(view[at : at + length], host)
+
+
+def _batches(packed: list[Packed]) -> Iterator[list[Packed]]:
+    """Pieces of the same layer, a few at a time."""
+    batch: list[Packed] = []
+    for piece in packed:
+        if batch and (len(batch) == UNPACK_BATCH or batch[0].layer is not piece.layer):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans in ascending order, neighbours joined."""
+    merged: list[tuple[int, int]] = []
+    for at, length in sorted(spans):
+        if merged and sum(merged[-1]) == at:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        else:
+            merged.append((at, length))
+    return merged
