@@ -1,0 +1,68 @@
+# make demo   see it work          make test   run everything that proves it
+# Both need python3 and make only; what else they use is installed, or named where that is not allowed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PYTEST_ARGS ?= -n auto --dist worksteal
+
+BIN    := $(VENV)/bin
+USER_STAMP := $(VENV)/.installed
+DEV_STAMP  := $(VENV)/.installed-dev
+
+.PHONY: help demo test unit interop peers lint format types clean
+
+help:
+	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
+
+## make demo      serve a sample image with bitmaps and read it back over NBD
+demo: $(USER_STAMP)
+	$(BIN)/python scripts/demo.py
+
+## make test      the whole suite, with the interoperability peers
+test: $(DEV_STAMP) peers
+	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+## make unit      the suite without the peers
+unit: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/interop
+
+## make interop   only the tests against the peers
+interop: $(DEV_STAMP) peers
+	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/interop
+
+## make peers     install qemu-utils, libnbd and the other peers (Debian), and the newest beside them
+peers:
+	@scripts/install_peers.sh
+	@scripts/newer_peers.sh
+
+## make lint      style, import layers, twin tests, the README's tree
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python scripts/check_layers.py
+	$(BIN)/python scripts/check_mirror.py
+	$(BIN)/python scripts/check_tree.py
+
+## make format    let ruff format and fix
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+## make types     mypy --strict
+types: $(DEV_STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@scripts/venv.sh $(PYTHON) $(VENV)
+
+# Each stamp is newer than pyproject.toml, the one file that says what is installed.
+$(USER_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,uvloop]'
+	@touch $@ $(USER_STAMP)

@@ -1,0 +1,57 @@
+"""Settings for the whole suite: peers that are missing, Hypothesis, asyncio's debug mode."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.support import images, marks
+
+# Two shared cores: how long an example takes says nothing about the code.
+settings.register_profile("nbdbm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nbdbm")
+
+# For the tests' own event loops; servers started as subprocesses run as users run them
+# (tests/support/servers.py drops the variable).
+os.environ.setdefault("PYTHONASYNCIODEBUG", "1")
+
+
+GALLERY = "NBDBM_TEST_GALLERY"
+"""Where the image matrix is kept during a run, shared by pytest-xdist's workers."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires(*peers): outside programs the test needs (support/marks.py)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("requires"):
+        for peer in mark.args:
+            reason = marks.missing(peer)
+            if reason is None:
+                continue
+            if marks.peers_are_required():
+                pytest.fail(f"{peer}: {reason} (make peers installs it)", pytrace=False)
+            pytest.skip(f"{peer}: {reason}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if GALLERY not in os.environ:
+        os.environ[GALLERY] = tempfile.mkdtemp(prefix="nbdbm-images-")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # The workers come here first; the process that made the directory removes it.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ.pop(GALLERY), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def gallery() -> images.Gallery:
+    """The image matrix (tests/support/images.py)."""
+    return images.Gallery(Path(os.environ[GALLERY]))

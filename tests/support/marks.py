@@ -1,0 +1,65 @@
+"""What a test needs from outside, by name: ``pytestmark = requires("qemu-img", "libnbd")``.
+
+A missing peer skips the test with its reason, or fails it where NBDBM_REQUIRE_PEERS is set (``make
+test`` and continuous integration set it): there, a test that did not run must not look like one that
+passed. tests/conftest.py acts on the mark.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from tests.support import libnbd, qemu
+
+
+def requires(*peers: str) -> pytest.MarkDecorator:
+    """Mark a test as needing ``peers``, names out of PEERS."""
+    unknown = set(peers) - PEERS.keys()
+    assert not unknown, f"no such peer: {unknown}"
+    return pytest.mark.requires(*peers)
+
+
+def missing(peer: str) -> str | None:
+    """Why ``peer`` cannot be used here, or None if it can."""
+    return _missing(peer)
+
+
+def peers_are_required() -> bool:
+    """Whether a missing peer is a failure."""
+    return os.environ.get("NBDBM_REQUIRE_PEERS", "") not in ("", "0")
+
+
+@cache
+def _missing(peer: str) -> str | None:
+    return PEERS[peer]()
+
+
+def _program(name: str) -> Callable[[], str | None]:
+    def judge() -> str | None:
+        return None if shutil.which(name, path=qemu.SEARCH_PATH) else f"the program {name} is not installed"
+
+    return judge
+
+
+PEERS: dict[str, Callable[[], str | None]] = {
+    **{
+        name: _program(name)
+        for name in (
+            "qemu-img",
+            "qemu-io",
+            "qemu-nbd",
+            "nbdinfo",
+            "nbdcopy",
+            "nbdkit",
+            "nbd-client",
+            "nbd-server",
+        )
+    },
+    "libnbd": libnbd.missing,
+    "newer": qemu.newer_missing,
+}

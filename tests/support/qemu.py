@@ -1,0 +1,139 @@
+"""The outside tools (QEMU's, libnbd's), one wrapper each, in two generations.
+
+``SYSTEM`` runs what the system has installed; ``newer()`` what scripts/newer_peers.sh unpacked beside it
+(QEMU 10, libnbd 1.22). The newer ones run through their own dynamic loader, in the same file system, so
+a path means the same for both. Every run is bounded in time, and only processes started here are ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+"""Some of the tools live where only root's PATH looks."""
+
+TIMEOUT = 50
+"""Seconds for one run of a tool: below the 60 s a test has, so that the tool gets named."""
+
+
+class ToolFailed(AssertionError):
+    """A tool's exit status was not 0: an assertion failure, with what the tool said."""
+
+
+def environment() -> dict[str, str]:
+    """The environment for subprocesses: in English, and without the suite's own settings."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONASYNCIODEBUG", "LISTEN_FDS", "LISTEN_PID")}
+    return env | {"LC_ALL": "C.UTF-8", "PATH": SEARCH_PATH}
+
+
+def run(argv: list[str], *, check: bool = True, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """Run to the end with captured output; ToolFailed if ``check`` and the status is not 0."""
+    done = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=timeout,
+        check=False,
+        env=environment(),
+    )
+    if check and done.returncode != 0:
+        raise ToolFailed(f"{' '.join(argv)}\nstatus {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+@dataclass(frozen=True)
+class Tools:
+    """One generation of the tools.
+
+    Args:
+        name: for test ids.
+        root: the tree they were unpacked into, or None for the system's own.
+    """
+
+    name: str
+    root: Path | None = None
+
+    def argv(self, tool: str, *args: object) -> list[str]:
+        """The command line that runs ``tool``."""
+        rest = [str(arg) for arg in args]
+        if self.root is None:
+            return [shutil.which(tool, path=SEARCH_PATH) or tool, *rest]
+        loader, libraries = _loader(self.root)
+        return [str(loader), "--library-path", str(libraries), str(self.root / "usr/bin" / tool), *rest]
+
+    def run(self, tool: str, *args: object, check: bool = True, timeout: float = TIMEOUT) -> str:
+        """Run ``tool`` and return what it printed on stdout."""
+        return run(self.argv(tool, *args), check=check, timeout=timeout).stdout
+
+    def img(self, *args: object) -> str:
+        """qemu-img."""
+        return self.run("qemu-img", *args)
+
+    def img_json(self, *args: object) -> Any:
+        """qemu-img with ``--output json``, parsed."""
+        return json.loads(self.run("qemu-img", *args, "--output", "json"))
+
+    def io(self, path: Path, *commands: str, options: tuple[str, ...] = ("-f", "qcow2")) -> str:
+        """qemu-io: run ``commands`` in order on one opened image."""
+        words = [word for command in commands for word in ("-c", command)]
+        out = self.run("qemu-io", *options, *words, path)
+        # qemu-io reports a failed command and goes on to exit with 0.
+        if "failed" in out or "error" in out.lower():
+            raise ToolFailed(f"qemu-io {path}: {out}")
+        return out
+
+    def python(self) -> list[str]:
+        """The interpreter that goes with this generation's libnbd binding."""
+        if self.root is None:
+            return ["/usr/bin/python3"]
+        return self.argv("python3")
+
+    def python_environment(self) -> dict[str, str]:
+        """What ``python()`` needs in its environment."""
+        return environment() | ({"PYTHONHOME": str(self.root / "usr")} if self.root else {})
+
+
+SYSTEM = Tools("system")
+
+
+@cache
+def newer_place() -> Path:
+    """Where the newer generation is, or would be."""
+    done = run([str(ROOT / "scripts/newer_peers.sh"), "--where"])
+    return Path(done.stdout.strip())
+
+
+def newer() -> Tools:
+    """The newer generation; ``newer_missing`` says whether it is there."""
+    return Tools("newer", newer_place())
+
+
+def newer_missing() -> str | None:
+    """Why the newer generation cannot be used, or None if it can."""
+    place = newer_place()
+    if not (place / "usr/bin/nbdinfo").exists():
+        return f"QEMU 10 and libnbd 1.22 are not at {place} (scripts/newer_peers.sh puts them there)"
+    done = run(newer().argv("nbdinfo", "--version"), check=False)
+    if done.returncode != 0:
+        return f"the programs at {place} do not run here: {done.stderr.strip()}"
+    return None
+
+
+@cache
+def _loader(root: Path) -> tuple[Path, Path]:
+    """The dynamic loader under ``root`` and the directory of its libraries."""
+    loaders = sorted([*root.glob("usr/lib64/ld-linux-*.so.*"), *root.glob("usr/lib/ld-linux-*.so.*")])
+    libraries = sorted(root.glob("usr/lib/*/libc.so.6"))
+    assert loaders and libraries, f"{root}: no dynamic loader or no C library"
+    return loaders[0], libraries[0].parent
