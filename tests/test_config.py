@@ -1,0 +1,57 @@
+"""Configuration is checked once, each refusal in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdbm.config import MAX_NAME, MAX_SOCKET_PATH, ListenConfig, ServeConfig, ServerConfig
+from nbdbm.errors import UsageError
+
+
+def test_defaults_are_sound() -> None:
+    config = ServeConfig(image="disk.qcow2")
+    assert not config.listen.given
+    assert config.bitmaps is None and config.allocation_depth
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [ListenConfig(socket="/tmp/s"), ListenConfig(host="::1"), ListenConfig(port=0), ListenConfig(port=65535)],
+)
+def test_given(listen: ListenConfig) -> None:
+    assert listen.given
+
+
+def test_limits_are_inclusive() -> None:
+    ListenConfig(socket="/" + "s" * (MAX_SOCKET_PATH - 1))
+    ServeConfig(image="i", export_name="é" * (MAX_NAME // 2), description="d" * MAX_NAME)
+    ServerConfig(max_connections=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        pytest.param(lambda: ListenConfig(socket="s", port=1), "--socket excludes", id="socket_and_port"),
+        pytest.param(lambda: ListenConfig(socket="s", host="h"), "--socket excludes", id="socket_and_bind"),
+        pytest.param(lambda: ListenConfig(socket=""), "empty", id="empty_socket"),
+        pytest.param(lambda: ListenConfig(socket="a\0b"), "zero byte", id="zero_in_socket"),
+        pytest.param(lambda: ListenConfig(socket="é" * 54), "108 bytes", id="long_socket"),
+        pytest.param(lambda: ListenConfig(port=-1), "0 to 65535", id="negative_port"),
+        pytest.param(lambda: ListenConfig(port=65536), "0 to 65535", id="large_port"),
+        pytest.param(lambda: ListenConfig(host=""), "empty", id="empty_host"),
+        pytest.param(lambda: ServerConfig(max_connections=-1), "1 or more", id="negative_connections"),
+        pytest.param(lambda: ServeConfig(image="i", export_name="é" * 2049), "4098 bytes", id="long_name"),
+        pytest.param(lambda: ServeConfig(image="i", description="d" * 4097), "4097 bytes", id="long_text"),
+        pytest.param(lambda: ServeConfig(image="i", export_name="a\0"), "zero byte", id="zero_in_name"),
+        pytest.param(lambda: ServeConfig(image="i", export_name="\udcff"), "UTF-8", id="name_not_utf8"),
+        pytest.param(lambda: ServeConfig(image="i", format="vmdk"), "qcow2, raw", id="format"),
+        pytest.param(
+            lambda: ServeConfig(image="i", no_backing=True, backing_root="/d"), "excludes", id="backing"
+        ),
+        pytest.param(lambda: ServeConfig(image="i", run="  "), "empty", id="empty_command"),
+    ],
+)
+def test_refusals(make, what: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match=what) as caught:
+        make()
+    assert "\n" not in str(caught.value)
