@@ -1,0 +1,257 @@
+"""Where clients come in: TCP, Unix sockets, sockets handed over by a service manager; and telling it so.
+
+A listener is bound first (so that an address in use is refused before the image is touched) and listens
+only once there is something to serve. A Unix socket's path appears at that moment, complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import MutableMapping
+from contextlib import suppress
+
+from nbdbm.config import DEFAULT_HOST, DEFAULT_PORT, MAX_SOCKET_PATH, ListenConfig
+from nbdbm.errors import UsageError
+from nbdbm.uri import NbdUri
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 128
+"""Clients that may wait to be accepted; the system's own limit (net.core.somaxconn) may be lower."""
+
+SOCKET_BUFFER = 4 * 1024 * 1024
+"""Send and receive buffer asked of the system, bytes: took reads of 1 MiB from 1.0 to 2.6 GB/s."""
+
+FIRST_INHERITED = 3
+"""The first file descriptor a service manager passes (sd_listen_fds(3))."""
+
+EVERY_ADDRESS = {"*", "0.0.0.0", "::"}
+
+_NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+
+
+class Listener:
+    """One address with its sockets (a host name may stand for several addresses)."""
+
+    def __init__(self, sockets: list[socket.socket], uri: NbdUri) -> None:
+        self.sockets = sockets
+        self._uri = uri
+
+    def uri(self, export: str) -> NbdUri:
+        """The URI by which a client on this machine reaches ``export``."""
+        return NbdUri(self._uri.scheme, self._uri.host, self._uri.port, self._uri.socket, export)
+
+    def listen(self) -> None:
+        """Let clients connect."""
+        for sock in self.sockets:
+            sock.listen(BACKLOG)
+
+    def close(self) -> None:
+        """Let no more clients connect; idempotent."""
+        for sock in self.sockets:
+            sock.close()
+
+
+class UnixListener(Listener):
+    """A Unix socket at a path of the file system; removed on close if it is still this one."""
+
+    def __init__(self, path: str) -> None:
+        """Bind, replacing nothing yet; raises UsageError or OSError if the path cannot be used."""
+        path = os.path.abspath(path)
+        self.path = path
+        self._replace = _judge_existing(path)
+        self._temporary = os.path.join(os.path.dirname(path), f".nbdbm-{os.getpid():x}-{id(self):x}")
+        if len(os.fsencode(self._temporary)) > MAX_SOCKET_PATH:
+            # No room for a longer name: the path shall exist a moment before it can be connected to.
+            self._temporary = path
+            if self._replace:
+                os.unlink(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _bind(sock, self._temporary, path)
+            found = os.lstat(self._temporary)
+        except BaseException:
+            sock.close()
+            raise
+        self._identity = (found.st_dev, found.st_ino)
+        super().__init__([sock], NbdUri.unix(path))
+
+    def listen(self) -> None:
+        super().listen()
+        if self._temporary == self.path:
+            return
+        if self._replace:
+            os.rename(self._temporary, self.path)
+        else:
+            try:
+                os.link(self._temporary, self.path)
+            except FileExistsError:
+                raise UsageError(f"{self.path}: somebody else began to listen there just now") from None
+            except OSError:
+                # A file system without hard links.
+                os.rename(self._temporary, self.path)
+            else:
+                os.unlink(self._temporary)
+        self._temporary = self.path
+
+    def close(self) -> None:
+        # The path goes first: a client shall find nothing rather than a socket that refuses.
+        with suppress(OSError):
+            found = os.lstat(self._temporary)
+            if (found.st_dev, found.st_ino) == self._identity:
+                os.unlink(self._temporary)
+        super().close()
+
+
+def _judge_existing(path: str) -> bool:
+    """Whether a stale socket is to be replaced; raises UsageError if what is there must stay."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"{path}: exists and is not a socket; choose another path or remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            pass  # its backlog is full: alive
+        except OSError as error:
+            raise UsageError(f"{path}: a socket of somebody else's: {error.strerror}") from error
+    raise UsageError(f"{path}: another process is listening there; stop it or choose another path")
+
+
+def bind(config: ListenConfig) -> Listener:
+    """Bind where the configuration says, by default to TCP localhost:10809."""
+    if config.socket is not None:
+        return UnixListener(config.socket)
+    return bind_tcp(
+        DEFAULT_HOST if config.host is None else config.host,
+        DEFAULT_PORT if config.port is None else config.port,
+    )
+
+
+def bind_tcp(host: str, port: int) -> Listener:
+    """Bind every address of ``host``, all to one port; 0 takes one that is free.
+
+    Addresses of a family this machine does not have are passed over as long as one is left.
+    """
+    try:
+        found = socket.getaddrinfo(
+            None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "not a host name"
+        raise UsageError(f"{host}: {reason}") from error
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    try:
+        for family, kind, proto, _, address in dict.fromkeys(found):
+            if port == 0 and sockets:
+                # The second address takes the port that the first one got.
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            try:
+                sock = socket.socket(family, kind, proto)
+            except OSError as error:
+                missing = error
+                continue
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # 0.0.0.0 has a socket of its own where it is wanted.
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                _bind(sock, address, f"{host}:{port}")
+            except OSError as error:
+                if error.errno not in _NO_SUCH_FAMILY:
+                    raise
+                missing = error
+                sockets.pop().close()
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    if not sockets:
+        assert missing is not None
+        raise OSError(missing.errno, missing.strerror, f"{host}:{port}") from missing
+    shown = DEFAULT_HOST if host in EVERY_ADDRESS else host
+    return Listener(sockets, NbdUri.tcp(shown, sockets[0].getsockname()[1]))
+
+
+def _bind(sock: socket.socket, address: object, shown: str) -> None:
+    try:
+        sock.bind(address)  # type: ignore[arg-type]
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), shown) from error
+
+
+def inherited(environ: MutableMapping[str, str], first: int = FIRST_INHERITED) -> list[Listener]:
+    """The listening sockets that a service manager passed to this process, if any (sd_listen_fds(3)).
+
+    The variables are removed, so that no child takes the sockets for its own. Raises UsageError for a
+    descriptor that is not a listening stream socket.
+    """
+    pid, count = environ.get("LISTEN_PID"), environ.get("LISTEN_FDS")
+    if pid != str(os.getpid()) or not count:
+        return []
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environ.pop(name, None)
+    if not count.isascii() or not count.isdigit():
+        raise UsageError(f"LISTEN_FDS={count}: not a number")
+    return [_inherit(fd) for fd in range(first, first + int(count))]
+
+
+def _inherit(fd: int) -> Listener:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise UsageError(f"inherited file descriptor {fd}: {error.strerror}") from error
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.detach()
+        raise UsageError(f"inherited file descriptor {fd}: not a listening stream socket")
+    os.set_inheritable(fd, False)
+    return Listener([sock], _uri_of(sock))
+
+
+def _uri_of(sock: socket.socket) -> NbdUri:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return NbdUri.unix(os.fsdecode(name))
+    host = DEFAULT_HOST if name[0] in EVERY_ADDRESS else name[0]
+    return NbdUri.tcp(host, name[1])
+
+
+def prepare(sock: socket.socket) -> None:
+    """Set up an accepted connection."""
+    sock.setblocking(False)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        # Granted up to net.core.[rw]mem_max; less is slower, not wrong.
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+    if sock.family != socket.AF_UNIX:
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A client whose machine vanished must not keep its place for ever.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def notify(address: str | None, message: str) -> None:
+    """Tell the service manager listening at ``address`` ($NOTIFY_SOCKET), if there is one (sd_notify(3))."""
+    if not address:
+        return
+    target = "\0" + address[1:] if address.startswith("@") else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(message.encode(), target)
+    except OSError as error:
+        log.warning("NOTIFY_SOCKET %s: %s", address, error.strerror or error)
