@@ -1,0 +1,312 @@
+"""One client: bytes in, commands out to dispatch, replies back, never more in memory than the limits allow.
+
+    transport -> get_buffer/buffer_updated -> core -> events -> waiting -> (limits) -> dispatch.answer
+    transport <- one write per batch       <- core <- reply_*                      <-'
+
+Reading pauses while commands wait for the limits, and no command starts while the transport still has
+bytes to send. So a client that never reads its replies holds what the limits say and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from nbdbm.nbd.constants import NbdErrno, Rep
+from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
+from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.server.dispatch import Context, answer, cost
+from nbdbm.server.inline import run_inline
+
+if TYPE_CHECKING:
+    from nbdbm.server.server import Server
+
+log = logging.getLogger(__name__)
+
+MAX_REQUESTS = 128
+"""Commands in progress per connection: twice what nbdcopy and fio ask for, and few enough threads' work."""
+
+MAX_BYTES = 64 * 1024 * 1024
+"""Memory of one connection's commands and unsent replies, bytes: two of the largest requests there are, so
+that one can be carried out while the other's reply is sent. A single command always may start."""
+
+BATCH_BYTES = 1024 * 1024
+"""Replies gathered before they are sent, bytes: further commands start when these are on their way, so the
+client works on the one while we work on the other, and other connections get their turn."""
+
+JOIN_BELOW = 32 * 1024
+"""Pieces of replies below this size are joined to one send, in bytes; copying larger ones costs more than
+the system call saved."""
+
+LINGER = 30.0
+"""Seconds without progress after which a client is cut off that has said goodbye, whose requests all are
+answered, and that does not take the last replies."""
+
+
+class NbdConnection(asyncio.BufferedProtocol):
+    """The server's end of one connection.
+
+    Owns the tasks of its commands; they are never cancelled while the loop lives, since a command that
+    has started may be changing metadata. The server is told by ``forget`` once nothing of it is left.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._protocol = ServerProtocol(server.registry)
+        self._transport: asyncio.Transport | None = None
+        self._context: Context | None = None
+        self._handshake: asyncio.TimerHandle | None = None
+        self._linger: asyncio.TimerHandle | None = None
+        self._waiting: deque[tuple[int, Command]] = deque()
+        """Commands not started yet, each with its cost: what one receive brought beyond the limits."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running = 0
+        """Commands started and not answered."""
+        self._bytes = 0
+        """Cost of commands started, until their replies have left."""
+        self._answered = 0
+        """The part of it whose replies are queued or being sent."""
+        self._sent: list[bytearray] = []
+        """Buffers of these replies."""
+        self._blocked = False
+        """The transport holds bytes that the client has not taken."""
+        self._paused = False
+        self._ended = False
+        """Nothing more is read."""
+        self._lost = False
+        self._pump_scheduled = False
+
+    # -- callbacks of the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        # 0: told as soon as anything is left over, and again when nothing is; buffers are reusable then.
+        self._transport.set_write_buffer_limits(high=0)
+        self._handshake = self._loop.call_later(
+            self._server.config.handshake_timeout, self._handshake_expired
+        )
+        self._send()
+        if self._server.closing:
+            self.drain()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._protocol.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._take(self._protocol.buffer_updated(nbytes))
+        self._pump()
+
+    def eof_received(self) -> bool:
+        self._take(self._protocol.receive_eof())
+        self._ended = True
+        self._pump()
+        # The client may have closed its sending half only: what it asked for is still answered.
+        return True
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._release()
+        self._pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            log.debug("connection lost: %s", exc)
+        self._lost = self._ended = True
+        self._protocol.receive_eof()
+        self._waiting.clear()
+        if self._blocked:
+            # The transport may hold views of these until it is gone; they are dropped with it.
+            self._sent.clear()
+        for timer in (self._handshake, self._linger):
+            if timer is not None:
+                timer.cancel()
+        self._forget_if_over()
+
+    # -- called by the server
+
+    def drain(self) -> None:
+        """Take no more commands, answer those in progress, then close."""
+        if self._ended:
+            return
+        self._ended = True
+        while self._waiting:
+            _, command = self._waiting.popleft()
+            self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, "the server is shutting down")
+        self._pump()
+
+    def abort(self) -> None:
+        """Close now, whatever is unsent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- events
+
+    def _take(self, events: list[Event]) -> None:
+        while events:
+            following: list[Event] = []
+            for event in events:
+                if isinstance(event, GoRequested):
+                    following = self._go(event.name)
+                elif isinstance(event, Disconnected):
+                    log.debug("client left%s: %s", "" if event.clean else " badly", event.reason)
+                    self._ended = True
+                elif not self._ended:
+                    self._waiting.append((cost(event), event))
+            events = following
+
+    def _go(self, name: str) -> list[Event]:
+        export = self._server.registry.get(name)
+        if export is None:
+            return self._protocol.refuse(Rep.ERR_UNKNOWN, f"no export named {name!r}")
+        if self._handshake is not None:
+            self._handshake.cancel()
+            self._handshake = None
+        self._context = Context(export, self._protocol, self._server.buffers, self._sent)
+        return self._protocol.accept(export.info)
+
+    def _handshake_expired(self) -> None:
+        log.debug("client asked for no export in %g s", self._server.config.handshake_timeout)
+        self.abort()
+
+    # -- the pump: start what the limits allow, send what is answered, read on if there is room
+
+    def _pump(self) -> None:
+        self._pump_scheduled = False
+        if self._lost:
+            return
+        self._start_waiting()
+        self._send()
+        if self._waiting:
+            if self._may_start(self._waiting[0][0]):
+                self._schedule_pump()
+            self._pause()
+        elif self._ended:
+            self._pause()
+            self._close_if_answered()
+        elif self._blocked or self._running >= MAX_REQUESTS or self._bytes >= MAX_BYTES:
+            self._pause()
+        elif self._paused:
+            self._paused = False
+            cast(asyncio.Transport, self._transport).resume_reading()
+
+    def _schedule_pump(self) -> None:
+        if not self._pump_scheduled:
+            self._pump_scheduled = True
+            self._loop.call_soon(self._pump)
+
+    def _start_waiting(self) -> None:
+        waiting = self._waiting
+        context = self._context
+        queued = self._answered
+        while waiting and self._answered - queued < BATCH_BYTES and self._may_start(waiting[0][0]):
+            assert context is not None  # commands follow a GO
+            price, command = waiting.popleft()
+            self._running += 1
+            self._bytes += price
+            self._server.bytes += price
+            try:
+                task = run_inline(answer(command, context), self._loop)
+            except BaseException:
+                # A bug: this connection ends, its accounts must not keep it alive.
+                self._running -= 1
+                self._answered += price
+                raise
+            if task is None:
+                self._running -= 1
+                self._answered += price
+            else:
+                self._tasks.add(task)
+                task.add_done_callback(partial(self._finished, price))
+
+    def _may_start(self, price: int) -> bool:
+        if self._blocked:
+            return False
+        if not self._bytes:
+            return True
+        return (
+            self._running < MAX_REQUESTS
+            and self._bytes + price <= MAX_BYTES
+            and self._server.bytes + price <= self._server.max_bytes
+        )
+
+    def _finished(self, price: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._running -= 1
+        self._answered += price
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a request's task failed", exc_info=error)
+            self.abort()
+        if self._lost:
+            self._forget_if_over()
+        else:
+            # Other tasks may finish in the same turn of the loop: one send for all of them.
+            self._schedule_pump()
+
+    # -- sending
+
+    def _send(self) -> None:
+        if self._blocked or self._lost:
+            return
+        self._write(self._protocol.data_to_send())
+        if not self._blocked:
+            self._release()
+
+    def _write(self, pieces: list[bytes | memoryview]) -> None:
+        transport = cast(asyncio.Transport, self._transport)
+        small: list[bytes | memoryview] = []
+        for piece in pieces:
+            if len(piece) < JOIN_BELOW:
+                small.append(piece)
+                continue
+            if small:
+                transport.write(b"".join(small))
+                small.clear()
+            transport.write(piece)
+        if small:
+            transport.write(b"".join(small) if len(small) > 1 else small[0])
+
+    def _release(self) -> None:
+        """Everything answered has left: its buffers and its share of the limits are free again."""
+        self._bytes -= self._answered
+        self._server.bytes -= self._answered
+        self._answered = 0
+        for buffer in self._sent:
+            self._server.buffers.give(buffer)
+        self._sent.clear()
+
+    # -- the end
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            cast(asyncio.Transport, self._transport).pause_reading()
+
+    def _close_if_answered(self) -> None:
+        if self._running or self._linger is not None:
+            return
+        # Nothing is added any more, so what the transport holds is bounded even if it is blocked.
+        self._write(self._protocol.data_to_send())
+        transport = cast(asyncio.Transport, self._transport)
+        transport.close()
+        self._linger = self._loop.call_later(LINGER, self._linger_expired, transport.get_write_buffer_size())
+
+    def _linger_expired(self, before: int) -> None:
+        transport = cast(asyncio.Transport, self._transport)
+        left = transport.get_write_buffer_size()
+        if left >= before:
+            log.debug("client does not take the last %d bytes", left)
+            transport.abort()
+        else:
+            self._linger = self._loop.call_later(LINGER, self._linger_expired, left)
+
+    def _forget_if_over(self) -> None:
+        if not self._running:
+            self._release()
+            self._server.forget(self)

@@ -1,0 +1,150 @@
+"""From an event to the export and back: a handler per command, and the one except clause towards the wire."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from nbdbm.errors import NbdbmError
+from nbdbm.exports import Export
+from nbdbm.nbd.constants import CmdFlag, NbdErrno
+from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
+from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.server.buffers import BufferPool
+
+log = logging.getLogger(__name__)
+
+REQUEST_COST = 512
+"""Bytes that any request in progress takes at least: its event, its coroutine, its reply's header."""
+
+STATUS_COST = 8 * 1024 * 1024
+"""Bytes that a block status answer may take per context while it is built: MAX_EXTENTS pairs of integers."""
+
+STATUS_CONTEXTS = 16
+"""Contexts up to which the answers' sizes add up; more share one number of extents (``extent_limit``)."""
+
+ERRNO: dict[int, NbdErrno] = {
+    errno.EPERM: NbdErrno.EPERM,
+    errno.EACCES: NbdErrno.EPERM,
+    errno.EROFS: NbdErrno.EPERM,
+    errno.ENOMEM: NbdErrno.ENOMEM,
+    errno.EINVAL: NbdErrno.EINVAL,
+    errno.ENOSPC: NbdErrno.ENOSPC,
+    errno.EDQUOT: NbdErrno.ENOSPC,
+    errno.EFBIG: NbdErrno.ENOSPC,
+    errno.EOVERFLOW: NbdErrno.EOVERFLOW,
+    errno.EOPNOTSUPP: NbdErrno.ENOTSUP,
+    errno.ENOTSUP: NbdErrno.ENOTSUP,
+    errno.ESHUTDOWN: NbdErrno.ESHUTDOWN,
+}
+"""The host's errors as the protocol can say them ("Error values"); anything else is EIO."""
+
+
+class Context(NamedTuple):
+    """What the handlers of one connection work with."""
+
+    export: Export
+    protocol: ServerProtocol
+    buffers: BufferPool
+    sent: list[bytearray]
+    """Buffers whose content is queued as replies; the connection gives them back once it is sent."""
+
+
+async def answer(event: Command, context: Context) -> None:
+    """Carry out one command and queue its reply, which is an error reply if it fails. Never raises."""
+    try:
+        await HANDLERS[type(event)](event, context)
+    except Exception as error:
+        context.protocol.reply_error(event.cookie, *wire_error(event, error))
+
+
+def wire_error(event: Command, error: Exception) -> tuple[NbdErrno, str]:
+    """The error as the client gets it, after logging it as it is.
+
+    The text names no file: the client is not told where the host keeps its images.
+    """
+    what = type(event).__name__
+    if isinstance(error, NbdbmError | OSError):
+        log.warning("%s failed: %s", describe(event), error)
+        log.debug("%s failed", what, exc_info=error)
+        number = error.errno or errno.EIO
+    elif isinstance(error, MemoryError):
+        log.warning("%s failed: out of memory", describe(event))
+        number = errno.ENOMEM
+    else:
+        log.error("%s failed: unexpected %s: %s", describe(event), type(error).__name__, error)
+        log.debug("%s failed", what, exc_info=error)
+        number = errno.EIO
+    code = ERRNO.get(number, NbdErrno.EIO)
+    return code, f"{what} failed: {os.strerror(code)}"
+
+
+def describe(event: Command) -> str:
+    """The command for a log line, without its payload."""
+    if isinstance(event, Flush):
+        return "Flush"
+    length = len(event.data) if isinstance(event, Write) else event.length
+    return f"{type(event).__name__} at {event.offset} of {length} bytes"
+
+
+def cost(event: Command) -> int:
+    """Bytes of memory that carrying out the command and answering it may take, roughly and from above."""
+    if isinstance(event, Read):
+        return REQUEST_COST + event.length
+    if isinstance(event, Write):
+        return REQUEST_COST + len(event.data)
+    if isinstance(event, BlockStatus):
+        if event.flags & CmdFlag.REQ_ONE:
+            return REQUEST_COST * (1 + len(event.contexts))
+        return REQUEST_COST + STATUS_COST * min(len(event.contexts), STATUS_CONTEXTS)
+    return REQUEST_COST
+
+
+async def _read(event: Read, context: Context) -> None:
+    buffer = context.buffers.take(event.length)
+    view = memoryview(buffer)[: event.length]
+    protocol = context.protocol
+    sparse = protocol.sparse_reads and not event.flags & CmdFlag.DF
+    chunks = await context.export.read(view, event.offset, sparse=sparse)
+    protocol.reply_read(event.cookie, event.offset, chunks)
+    context.sent.append(buffer)
+
+
+async def _block_status(event: BlockStatus, context: Context) -> None:
+    answers = await context.export.block_status(
+        event.contexts,
+        event.offset,
+        event.length,
+        req_one=bool(event.flags & CmdFlag.REQ_ONE),
+        limit=context.protocol.extent_limit(event),
+    )
+    context.protocol.reply_block_status(event.cookie, answers)
+
+
+async def _cache(event: Cache, context: Context) -> None:
+    await context.export.cache(event.offset, event.length)
+    context.protocol.reply(event.cookie)
+
+
+async def _flush(event: Flush, context: Context) -> None:
+    await context.export.flush()
+    context.protocol.reply(event.cookie)
+
+
+async def _read_only(event: Write | WriteZeroes | Trim, context: Context) -> None:
+    """Exports are read-only and say so, hence the core has refused every change already."""
+    raise AssertionError(f"{describe(event)} reached a read-only export")
+
+
+HANDLERS: dict[type, Callable[[Any, Context], Awaitable[None]]] = {
+    Read: _read,
+    Write: _read_only,
+    WriteZeroes: _read_only,
+    Trim: _read_only,
+    Cache: _cache,
+    Flush: _flush,
+    BlockStatus: _block_status,
+}

@@ -1,0 +1,191 @@
+"""The server: accepts clients up to a limit, knows its connections, and ends in order."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Sequence
+
+from nbdbm.config import ServerConfig
+from nbdbm.exports import ExportRegistry
+from nbdbm.server.buffers import BufferPool
+from nbdbm.server.connection import NbdConnection
+from nbdbm.server.listener import Listener, prepare
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 512 * 1024 * 1024
+"""Memory of the commands and unsent replies of all connections, bytes. Beyond it a connection has one
+command at a time, so that many clients that read nothing cannot have the limit of one a hundred times."""
+
+ACCEPT_AT_ONCE = 16
+"""Clients accepted in one turn of the event loop, so that those already here get theirs."""
+
+ACCEPT_PAUSE = 1.0
+"""Seconds without accepting after the system ran out of descriptors or memory."""
+
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Server:
+    """Serves the exports of ``registry`` to the clients of some listeners.
+
+    ``start``, then ``close`` (which is idempotent and may be called at any time); both from the loop.
+    """
+
+    def __init__(self, registry: ExportRegistry, config: ServerConfig | None = None) -> None:
+        self.registry = registry
+        self.config = config or ServerConfig()
+        self.buffers = BufferPool()
+        self.bytes = 0
+        """What the connections hold in memory together; they keep the account."""
+        self.max_bytes = MAX_BYTES
+        self.closing = False
+        self._listeners: list[Listener] = []
+        self._accepting = False
+        self._pause: asyncio.TimerHandle | None = None
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._connections: set[NbdConnection] = set()
+        self._hurry = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._closed: asyncio.Task[None] | None = None
+
+    @property
+    def connections(self) -> int:
+        """Clients being served."""
+        return len(self._connections)
+
+    async def start(self, listeners: Sequence[Listener]) -> None:
+        """Begin to listen and to accept. On failure everything is closed but the registry."""
+        self._listeners = list(listeners)
+        try:
+            for listener in self._listeners:
+                for sock in listener.sockets:
+                    sock.setblocking(False)
+                listener.listen()
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            raise
+        self._watch()
+
+    # -- accepting
+
+    def _watch(self) -> None:
+        """Accept, or leave clients waiting, as the limit says."""
+        limit = self.config.max_connections
+        # One being connected may be in both for a moment; that only makes us accept a little later.
+        occupied = len(self._connections) + len(self._connecting)
+        wanted = not self.closing and self._pause is None and not (limit and occupied >= limit)
+        if wanted == self._accepting:
+            return
+        self._accepting = wanted
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            for sock in listener.sockets:
+                if wanted:
+                    loop.add_reader(sock.fileno(), self._accept, sock)
+                else:
+                    loop.remove_reader(sock.fileno())
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPT_AT_ONCE):
+            if not self._accepting:
+                return
+            try:
+                sock, _address = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    raise
+                log.warning("cannot accept clients for %g s: %s", ACCEPT_PAUSE, error.strerror)
+                self._pause = asyncio.get_running_loop().call_later(ACCEPT_PAUSE, self._resume)
+                self._watch()
+                return
+            task = asyncio.get_running_loop().create_task(self._connect(sock))
+            self._connecting.add(task)
+            task.add_done_callback(self._connected)
+            self._watch()
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._watch()
+
+    def _connected(self, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        self._watch()
+
+    async def _connect(self, sock: socket.socket) -> None:
+        try:
+            prepare(sock)
+            await asyncio.get_running_loop().connect_accepted_socket(self._new_connection, sock)
+        except OSError as error:
+            log.debug("a client was gone before it was served: %s", error)
+            sock.close()
+
+    def _new_connection(self) -> NbdConnection:
+        connection = NbdConnection(self)
+        self._connections.add(connection)
+        self._empty.clear()
+        return connection
+
+    def forget(self, connection: NbdConnection) -> None:
+        """Called by a connection of which nothing is left."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+        self._watch()
+
+    # -- closing
+
+    async def close(self) -> None:
+        """Stop listening, answer what is in progress, close the connections, close the exports.
+
+        Requests get ``drain_timeout`` seconds to finish, fewer after ``hurry``. Raises what closing the
+        exports raises. Idempotent: every caller waits for the one closing and learns its outcome.
+        """
+        if self._closed is None:
+            self._closed = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closed)
+
+    def hurry(self) -> None:
+        """Do not wait for clients any longer: drop connections with replies unsent. Exports still close."""
+        self._hurry.set()
+
+    async def _close(self) -> None:
+        self.closing = True
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        self._watch()
+        for listener in self._listeners:
+            listener.close()
+        if self._connecting:
+            await asyncio.wait(self._connecting)
+        for connection in list(self._connections):
+            connection.drain()
+        await self._wait_for_connections()
+        await self.registry.close()
+
+    async def _wait_for_connections(self) -> None:
+        """Until all connections are over; those that take too long are cut off.
+
+        A request in progress is waited for even then: the image must not close under it.
+        """
+        empty = asyncio.ensure_future(self._empty.wait())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        try:
+            await asyncio.wait(
+                (empty, hurry), timeout=self.config.drain_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not empty.done():
+                log.warning("closing %d connections before their replies were taken", self.connections)
+                for connection in list(self._connections):
+                    connection.abort()
+            await empty
+        finally:
+            hurry.cancel()
