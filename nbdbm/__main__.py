@@ -1,0 +1,6 @@
+"""``python -m nbdbm``."""
+
+from nbdbm.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""``nbdbm serve``: one image over NBD until a signal, or until the command of ``--run`` ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import click
+
+from nbdbm.cli import PROGRAM, printable
+from nbdbm.config import (
+    DEFAULT_HOST,
+    DEFAULT_MAX_CONNECTIONS,
+    DEFAULT_PORT,
+    FORMATS,
+    ListenConfig,
+    ServeConfig,
+    ServerConfig,
+)
+from nbdbm.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    from nbdbm.exports import Export
+    from nbdbm.image.image import Image
+    from nbdbm.server.listener import Listener
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@click.command()
+@click.argument("image", type=click.Path())
+@click.option("-k", "--socket", metavar="PATH", help="Listen on a Unix socket.")
+@click.option("-b", "--bind", metavar="ADDR", help=f"Listen on this address.  [default: {DEFAULT_HOST}]")
+@click.option(
+    "-p", "--port", type=int, metavar="N", help=f"TCP port; 0 takes a free one.  [default: {DEFAULT_PORT}]"
+)
+@click.option("-x", "--export-name", default="", metavar="NAME", help="Name of the export.  [default: empty]")
+@click.option("-D", "--description", default="", metavar="TEXT", help="What clients may show people.")
+@click.option("-r", "--read-only", is_flag=True, help="Change nothing; needed in this version.")
+@click.option(
+    "-B",
+    "--bitmap",
+    "bitmaps",
+    multiple=True,
+    metavar="NAME",
+    help="Serve this dirty bitmap only; repeatable.  [default: every usable one]",
+)
+@click.option(
+    "-A",
+    "--allocation-depth/--no-allocation-depth",
+    default=True,
+    help="Serve the context qemu:allocation-depth.  [default: yes]",
+)
+@click.option(
+    "-e",
+    "--max-connections",
+    "--shared",
+    type=int,
+    default=DEFAULT_MAX_CONNECTIONS,
+    show_default=True,
+    metavar="N",
+    help="Clients served at once, others wait; 0: no limit.",
+)
+@click.option(
+    "-f", "--format", "format_", type=click.Choice(FORMATS), help="Format of IMAGE.  [default: qcow2]"
+)
+@click.option("-l", "--load-snapshot", metavar="NAME", help="Serve an internal snapshot (id or name).")
+@click.option("--no-backing", is_flag=True, help="Refuse an image that refers to other files.")
+@click.option("--backing-root", metavar="DIR", help="Refuse backing and data files outside of DIR.")
+@click.option("--force-share", is_flag=True, help="Read although another program may be writing.")
+@click.option("--pid-file", metavar="FILE", help="Hold the process ID here while serving.")
+@click.option(
+    "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
+)
+@click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: always so.")
+@click.option("-v", "--verbose", is_flag=True, help="Log what is said on the wire.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    image: str,
+    socket: str | None,
+    bind: str | None,
+    port: int | None,
+    export_name: str,
+    description: str,
+    read_only: bool,
+    bitmaps: tuple[str, ...],
+    allocation_depth: bool,
+    max_connections: int,
+    format_: str | None,
+    load_snapshot: str | None,
+    no_backing: bool,
+    backing_root: str | None,
+    force_share: bool,
+    pid_file: str | None,
+    run_: str | None,
+    persistent: bool,
+    verbose: bool,
+) -> None:
+    """Serve IMAGE and its dirty bitmaps over NBD.
+
+    The export's URI is the first line on stdout, its metadata contexts follow; then it can be connected
+    to. SIGTERM and SIGINT end it.
+    """
+    config = ServeConfig(
+        image=image,
+        format=format_,
+        read_only=read_only or load_snapshot is not None,  # a snapshot cannot be written to
+        snapshot=load_snapshot,
+        no_backing=no_backing,
+        backing_root=backing_root,
+        force_share=force_share,
+        export_name=export_name,
+        description=description,
+        bitmaps=bitmaps or None,
+        allocation_depth=allocation_depth,
+        pid_file=pid_file,
+        run=run_,
+        listen=ListenConfig(socket=socket, host=bind, port=port),
+        server=ServerConfig(max_connections=max_connections),
+    )
+    if not config.read_only:
+        raise ImageError(image, "this version serves read-only; add --read-only")
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING, format=f"{PROGRAM}: %(message)s", force=True
+    )
+    ctx.exit(asyncio.run(run(config, os.environ)))
+
+
+async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
+    """Serve as configured until the end; return the exit status."""
+    from nbdbm.exports import Export, ExportRegistry
+    from nbdbm.image.image import Image, OpenOptions
+    from nbdbm.server.listener import notify
+    from nbdbm.server.server import Server
+
+    stop = asyncio.Event()
+    registry = ExportRegistry()
+    server = Server(registry, config.server)
+    _on_signals(stop, server)
+    with _bound(config, environ) as listeners:
+        image = await Image.open(
+            config.image,
+            OpenOptions(
+                format=config.format,
+                read_only=config.read_only,
+                snapshot=config.snapshot,
+                no_backing=config.no_backing,
+                backing_root=config.backing_root,
+                force_share=config.force_share,
+            ),
+        )
+        try:
+            export = Export.of(
+                image,
+                name=config.export_name,
+                description=config.description,
+                bitmaps=config.bitmaps,
+                allocation_depth=config.allocation_depth,
+            )
+        except BaseException:
+            await image.close()
+            raise
+        registry.add(export)
+        try:
+            await server.start(listeners)
+            with _pid_file(config.pid_file):
+                _report(config, image, export, listeners)
+                notify(environ.get("NOTIFY_SOCKET"), f"READY=1\nMAINPID={os.getpid()}")
+                status = 0
+                if config.run is not None:
+                    status = await _run_command(config.run, config.export_name, listeners, environ, stop)
+                else:
+                    await stop.wait()
+                notify(environ.get("NOTIFY_SOCKET"), "STOPPING=1")
+                await server.close()
+        finally:
+            await server.close()
+    return status
+
+
+def _on_signals(stop: asyncio.Event, server: object) -> None:
+    """First signal: end in order. Second: without waiting for clients. Third: at once, by default action."""
+    from nbdbm.server.server import Server
+
+    assert isinstance(server, Server)
+    loop = asyncio.get_running_loop()
+
+    def caught() -> None:
+        if not stop.is_set():
+            stop.set()
+            return
+        server.hurry()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, caught)
+
+
+@contextmanager
+def _bound(config: ServeConfig, environ: MutableMapping[str, str]) -> Iterator[list[Listener]]:
+    """The listeners, bound but not listening yet; closed in the end, with the private directory if any."""
+    from nbdbm.server.listener import bind, inherited
+
+    listeners = inherited(environ)
+    directory: tempfile.TemporaryDirectory[str] | None = None
+    try:
+        if listeners and config.listen.given:
+            raise UsageError(
+                "the service manager passed sockets (LISTEN_FDS), which excludes --socket, --bind and --port"
+            )
+        if not listeners:
+            listen = config.listen
+            if config.run is not None and not listen.given:
+                directory = tempfile.TemporaryDirectory(prefix="nbdbm-")
+                listen = ListenConfig(socket=os.path.join(directory.name, "socket"))
+            listeners = [bind(listen)]
+        yield listeners
+    finally:
+        for listener in listeners:
+            listener.close()
+        if directory is not None:
+            directory.cleanup()
+
+
+@contextmanager
+def _pid_file(path: str | None) -> Iterator[None]:
+    """``path`` holds this process's ID inside the block: there complete, and gone after it if still ours."""
+    if path is None:
+        yield
+        return
+    content = f"{os.getpid()}\n"
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="ascii") as file:
+            file.write(content)
+        os.rename(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, path) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            with open(path, encoding="ascii") as file:
+                ours = file.read() == content
+            if ours:
+                os.unlink(path)
+
+
+def _report(config: ServeConfig, image: Image, export: Export, listeners: list[Listener]) -> None:
+    """Say what is served where (stdout, unless ``--run`` has that) and what is not (stderr)."""
+    for notice in image.notices:
+        _say(f"{PROGRAM}: {config.image}: {notice}", err=True)
+    for bitmap in image.tracker.refused():
+        _say(f"{PROGRAM}: {config.image}: bitmap {bitmap.name!r} is not served: {bitmap.refusal}", err=True)
+        _say(f"{PROGRAM}: {config.image}: to remove it: {remedy(config.image, bitmap.name)}", err=True)
+    if config.run is not None:
+        return
+    lines = [str(listener.uri(export.info.name)) for listener in listeners]
+    lines += [f"context: {printable(name)}" for name in export.info.contexts]
+    _say("\n".join(lines))
+
+
+def remedy(image: str, bitmap: str) -> str:
+    """The shell command that removes a bitmap which can be used for nothing else."""
+    import shlex
+
+    return shlex.join(["qemu-img", "bitmap", "--remove", image, bitmap])
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print and flush; a reader that has gone away is no reason to stop serving."""
+    try:
+        click.echo("\n".join(printable(line) for line in text.split("\n")), err=err)
+    except OSError as error:
+        log.debug("nobody reads what is printed: %s", error)
+        # What is left in the stream's buffer would fail once more at exit.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
+
+
+async def _run_command(
+    command: str,
+    export: str,
+    listeners: list[Listener],
+    environ: MutableMapping[str, str],
+    stop: asyncio.Event,
+) -> int:
+    """Run ``command`` by the shell with the export in its environment; return its status for our own.
+
+    A signal to us goes on to the command, whose end is awaited.
+    """
+    process = await asyncio.create_subprocess_shell(
+        command, env={**environ, **command_variables(listeners[0], export)}
+    )
+    ended = asyncio.ensure_future(process.wait())
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((ended, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            with suppress(ProcessLookupError):
+                process.terminate()
+        status = await ended
+    finally:
+        stopped.cancel()
+    return 128 - status if status < 0 else status
+
+
+def command_variables(listener: Listener, export: str) -> dict[str, str]:
+    """The variables that tell a command how to reach the export, as nbdkit's captive mode names them."""
+    uri = listener.uri(export)
+    if uri.socket:
+        address, old = {"unixsocket": uri.socket, "port": ""}, f"nbd:unix:{uri.socket}"
+    else:
+        address, old = {"unixsocket": "", "port": str(uri.port)}, f"nbd:{uri.host}:{uri.port}"
+    if export:
+        old += f":exportname={export}"
+    return {"uri": str(uri), "nbd": old, "exportname": export, **address}
