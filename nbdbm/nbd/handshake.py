@@ -1,0 +1,440 @@
+"""The server's side of the handshake: states, options, and what was agreed upon.
+
+Fixed newstyle negotiation, with NBD_OPT_EXPORT_NAME for clients that know nothing else. The options'
+data is judged here, completely and before anything is looked up; the answers come from the catalog,
+except for GO and EXPORT_NAME, which the shell decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum, auto
+
+from nbdbm.nbd.catalog import Catalog, ExportInfo
+from nbdbm.nbd.constants import (
+    MAX_STRING,
+    ClientFlag,
+    HandshakeFlag,
+    Info,
+    Opt,
+    Rep,
+    TransmissionFlag,
+)
+from nbdbm.nbd.events import Disconnected, GoRequested
+from nbdbm.nbd.limits import Limits
+from nbdbm.nbd.messages import (
+    EXPORT_NAME_PADDING,
+    EXPORT_REPLY,
+    INFO_BLOCK_SIZE,
+    INFO_EXPORT,
+    U16,
+    U32,
+    Greeting,
+    OptionReply,
+    decode,
+    display,
+    encode,
+)
+from nbdbm.nbd.metacontext import MetaContext, Query, matches
+
+
+class State(Enum):
+    """Where a connection stands, seen by the server."""
+
+    CLIENT_FLAGS = auto()
+    """The greeting is queued; the client's flags are awaited."""
+    OPTIONS = auto()
+    """Options are parsed and answered."""
+    DECIDING = auto()
+    """GO or EXPORT_NAME was handed out; nothing is parsed until ``accept`` or ``refuse``."""
+    TRANSMISSION = auto()
+    CLOSED = auto()
+    """A Disconnected event was returned; input is ignored."""
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.CLIENT_FLAGS: frozenset({State.OPTIONS, State.CLOSED}),
+    State.OPTIONS: frozenset({State.DECIDING, State.CLOSED}),
+    State.DECIDING: frozenset({State.OPTIONS, State.TRANSMISSION, State.CLOSED}),
+    State.TRANSMISSION: frozenset({State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
+
+
+class HeaderStyle(IntEnum):
+    """Which headers the transmission phase uses; a greater one has all that a lesser one has."""
+
+    SIMPLE = 0
+    STRUCTURED = 1
+    EXTENDED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiated:
+    """What the handshake settled; fixed for the rest of the connection."""
+
+    info: ExportInfo
+    """The export; its flags as the client was told them."""
+    style: HeaderStyle
+    contexts: tuple[MetaContext, ...]
+    """Selected metadata contexts, ascending by id."""
+    maximum_payload: int
+    """Bytes; the lesser of the export's and ours."""
+
+    @property
+    def structured(self) -> bool:
+        return self.style >= HeaderStyle.STRUCTURED
+
+    @property
+    def extended(self) -> bool:
+        return self.style is HeaderStyle.EXTENDED
+
+
+class ProtocolViolation(Exception):
+    """The peer did what leaves no reply, only closing; caught where bytes enter the core."""
+
+
+class _Invalid(Exception):
+    """Option data that breaks its layout; answered ERR_INVALID with this text."""
+
+
+class _Cursor:
+    """Reads option data front to back; what is missing or too long is _Invalid."""
+
+    __slots__ = ("at", "data")
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data = data
+        self.at = 0
+
+    def _advance(self, count: int, what: str) -> int:
+        at = self.at
+        if count > len(self.data) - at:
+            raise _Invalid(f"{what}: needs {count} bytes, {len(self.data) - at} are left")
+        self.at = at + count
+        return at
+
+    def u16(self, what: str) -> int:
+        value: int = U16.unpack_from(self.data, self._advance(2, what))[0]
+        return value
+
+    def u32(self, what: str) -> int:
+        value: int = U32.unpack_from(self.data, self._advance(4, what))[0]
+        return value
+
+    def string(self, what: str) -> str | None:
+        """A counted string, or None if it exceeds MAX_STRING (and was skipped)."""
+        length = self.u32(f"{what} length")
+        at = self._advance(length, what)
+        if length > MAX_STRING:
+            return None
+        raw = bytes(self.data[at : at + length])
+        if b"\0" in raw:
+            raise _Invalid(f"{what}: contains a NUL")
+        return decode(raw)
+
+    def export_name(self) -> str:
+        name = self.string("export name")
+        if name is None:
+            raise _Invalid(f"export name: longer than {MAX_STRING} bytes")
+        return name
+
+    def end(self) -> None:
+        if self.at != len(self.data):
+            raise _Invalid(f"{len(self.data) - self.at} bytes too many")
+
+
+def _shown(name: str) -> str:
+    """An export name for an error text: cut, so that a hostile name does not fill a screen."""
+    return repr(name if len(name) <= 80 else name[:80] + "...")
+
+
+class Handshake:
+    """The options of one connection, from the client's flags until it enters transmission.
+
+    Replies are appended to ``out``; the caller takes them. ``option`` returns an event when the shell
+    must act, and raises ProtocolViolation where only closing is left.
+    """
+
+    __slots__ = (
+        "_catalog",
+        "_contexts",
+        "_contexts_of",
+        "_fixed",
+        "_ids",
+        "_limits",
+        "_option",
+        "_options",
+        "_wanted",
+        "_zeroes",
+        "out",
+        "style",
+    )
+
+    def __init__(self, catalog: Catalog, limits: Limits) -> None:
+        self._catalog = catalog
+        self._limits = limits
+        self._fixed = False
+        self._zeroes = True
+        self._options = 0
+        self._option = 0
+        self._wanted: frozenset[int] = frozenset()
+        self._ids: dict[str, int] = {}
+        self._contexts: tuple[MetaContext, ...] = ()
+        self._contexts_of: str | None = None
+        self.style = HeaderStyle.SIMPLE
+        self.out: list[bytes] = [
+            Greeting.newstyle(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES).pack()
+        ]
+
+    # what the client sends
+
+    def client_flags(self, flags: int) -> None:
+        """Judge the client's flags ("Client flags"): unknown ones end the connection."""
+        if flags & ~(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
+            raise ProtocolViolation(f"unknown client flags {flags:#x}")
+        self._fixed = bool(flags & ClientFlag.FIXED_NEWSTYLE)
+        self._zeroes = not flags & ClientFlag.NO_ZEROES
+
+    def begin(self, option: int, length: int) -> Rep | None:
+        """Judge an option's head before its data is read.
+
+        Returns the error with which to answer once the data was thrown away, or None to keep it.
+        """
+        self._options += 1
+        if self._options > self._limits.max_options:
+            raise ProtocolViolation(f"more than {self._limits.max_options} options in one handshake")
+        if option == Opt.EXPORT_NAME:
+            if length > MAX_STRING:
+                raise ProtocolViolation(f"export name of {length} bytes, the limit is {MAX_STRING}")
+            if self.style is HeaderStyle.EXTENDED:
+                # "a client MUST NOT use NBD_OPT_EXPORT_NAME", and there is no way to say no.
+                raise ProtocolViolation("NBD_OPT_EXPORT_NAME after extended headers were agreed upon")
+        elif not self._fixed:
+            raise ProtocolViolation(f"option {option:#x} from a client without fixed newstyle")
+        if option == Opt.SET_META_CONTEXT:
+            # "Issuing this command replaces all previously-set metadata contexts (including when this
+            # command fails)".
+            self._contexts = ()
+            self._contexts_of = None
+        if option not in OPTION_HANDLERS:
+            return Rep.ERR_UNSUP
+        return Rep.ERR_TOO_BIG if length > self._limits.max_option_length else None
+
+    def dropped(self, option: int, length: int, rep: Rep) -> None:
+        """Answer an option whose data was thrown away because ``begin`` said so."""
+        if rep is Rep.ERR_TOO_BIG:
+            text = f"{length} bytes of option data, the limit is {self._limits.max_option_length}"
+        else:
+            text = f"option {option:#x} is not supported"
+        self._error(option, rep, text)
+
+    def option(self, option: int, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        """Answer one option that ``begin`` let pass, or return what the shell must do about it."""
+        self._option = option
+        try:
+            return OPTION_HANDLERS[option](self, data)
+        except _Invalid as fault:
+            self._error(option, Rep.ERR_INVALID, f"{Opt(option).name}: {fault}")
+            return None
+
+    # what the shell decides
+
+    def accept(self, info: ExportInfo) -> Negotiated:
+        """Answer the pending GO or EXPORT_NAME with success; transmission follows."""
+        contexts = self._contexts if self._contexts_of == info.name else ()
+        told = self._told(info, selecting=bool(contexts))
+        maximum = min(info.maximum_payload, self._limits.max_payload)
+        if self._option == Opt.GO:
+            self._send_info(Opt.GO, told)
+            self._ack(Opt.GO)
+        else:
+            self.out.append(EXPORT_REPLY.pack(told.size, told.flags))
+            if self._zeroes:
+                self.out.append(EXPORT_NAME_PADDING)
+        return Negotiated(told, self.style, contexts, maximum)
+
+    def refuse(self, rep: Rep, text: str) -> bool:
+        """Answer the pending GO with an error; False if it was EXPORT_NAME, which can only be closed."""
+        if self._option != Opt.GO:
+            return False
+        self._error(Opt.GO, rep, text)
+        return True
+
+    # options
+
+    def _export_name(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        name = decode(data)
+        info = self._catalog.info(name)
+        if info is None:
+            raise ProtocolViolation(f"no export {_shown(name)}, and NBD_OPT_EXPORT_NAME cannot be refused")
+        return GoRequested(info.name)
+
+    def _abort(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        # "a server SHOULD ignore any data sent by the client rather than rejecting the request".
+        self._ack(Opt.ABORT)
+        return Disconnected(True, "the client aborted the handshake")
+
+    def _list(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        _Cursor(data).end()
+        for name in self._catalog.names():
+            raw = encode(name)
+            info = self._catalog.info(name)
+            about = display(info.description) if info is not None else b""
+            self.out.append(OptionReply.pack(Opt.LIST, Rep.SERVER, U32.pack(len(raw)) + raw + about))
+        self._ack(Opt.LIST)
+        return None
+
+    def _starttls(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        _Cursor(data).end()
+        self._error(Opt.STARTTLS, Rep.ERR_UNSUP, "this server does not offer TLS")
+        return None
+
+    def _info(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        option = Opt(self._option)
+        cursor = _Cursor(data)
+        name = cursor.export_name()
+        count = cursor.u16("number of information requests")
+        wanted = frozenset(cursor.u16("information request") for _ in range(count))
+        cursor.end()
+        info = self._find(option, name)
+        if info is None:
+            return None
+        self._wanted = wanted
+        if option is Opt.GO:
+            return GoRequested(info.name)
+        self._send_info(option, self._told(info, selecting=True))
+        self._ack(option)
+        return None
+
+    def _structured_reply(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        _Cursor(data).end()
+        if self.style is HeaderStyle.EXTENDED:
+            self._error(
+                Opt.STRUCTURED_REPLY, Rep.ERR_EXT_HEADER_REQD, "extended headers are already agreed upon"
+            )
+        elif self.style is HeaderStyle.STRUCTURED:
+            self._error(Opt.STRUCTURED_REPLY, Rep.ERR_INVALID, "structured replies are already agreed upon")
+        else:
+            self.style = HeaderStyle.STRUCTURED
+            self._ack(Opt.STRUCTURED_REPLY)
+        return None
+
+    def _extended_headers(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        _Cursor(data).end()
+        if self.style is HeaderStyle.EXTENDED:
+            self._error(Opt.EXTENDED_HEADERS, Rep.ERR_INVALID, "extended headers are already agreed upon")
+        else:
+            self.style = HeaderStyle.EXTENDED
+            self._ack(Opt.EXTENDED_HEADERS)
+        return None
+
+    def _list_meta_context(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        # Before structured replies this is a SHOULD NOT for the client and a MAY for our refusal: answered.
+        info, queries = self._meta_request(data)
+        if info is None:
+            return None
+        names = matches(queries, info.contexts, listing=True) if queries else info.contexts
+        for name in names:
+            self._context(Opt.LIST_META_CONTEXT, 0, name)
+        self._ack(Opt.LIST_META_CONTEXT)
+        return None
+
+    def _set_meta_context(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+        option = Opt.SET_META_CONTEXT
+        if self.style is HeaderStyle.SIMPLE:
+            raise _Invalid("needs structured replies or extended headers")
+        info, queries = self._meta_request(data)
+        if info is None:
+            return None
+        names = matches(queries, info.contexts, listing=False)
+        if len(names) > self._limits.max_contexts:
+            text = f"{len(names)} contexts selected, the limit is {self._limits.max_contexts}"
+            self._error(option, Rep.ERR_TOO_BIG, text)
+            return None
+        # An id once given to a name stays with it for the connection, so that a client that asks twice
+        # cannot mix up old and new answers.
+        ids = self._ids
+        chosen = sorted(MetaContext(ids.setdefault(name, len(ids)), name) for name in names)
+        for context in chosen:
+            self._context(option, *context)
+        self._ack(option)
+        self._contexts = tuple(chosen)
+        self._contexts_of = info.name
+        return None
+
+    # parts of answers
+
+    def _meta_request(self, data: bytes | memoryview) -> tuple[ExportInfo | None, list[Query]]:
+        """Export and queries of LIST/SET_META_CONTEXT; (None, []) if it was answered: no such export."""
+        cursor = _Cursor(data)
+        name = cursor.export_name()
+        count = cursor.u32("number of queries")
+        queries = list(self._queries(cursor, count))
+        cursor.end()
+        return self._find(Opt(self._option), name), queries
+
+    @staticmethod
+    def _queries(cursor: _Cursor, count: int) -> Iterator[Query]:
+        for _ in range(count):
+            text = cursor.string("query")
+            # Longer than any name can be: matches nothing, and is as little an error as a name we lack.
+            yield Query.parse("" if text is None else text)
+
+    def _find(self, option: Opt, name: str) -> ExportInfo | None:
+        info = self._catalog.info(name)
+        if info is None:
+            self._error(option, Rep.ERR_UNKNOWN, f"no export {_shown(name)}")
+        return info
+
+    def _told(self, info: ExportInfo, *, selecting: bool) -> ExportInfo:
+        """The export with the transmission flags that depend on what was agreed upon.
+
+        BLOCK_STAT_PAYLOAD goes only with extended headers, and with GO only if contexts were selected
+        ("Transmission flags").
+        """
+        flags = info.flags | TransmissionFlag.HAS_FLAGS
+        flags &= ~(TransmissionFlag.SEND_DF | TransmissionFlag.BLOCK_STAT_PAYLOAD)
+        if self.style >= HeaderStyle.STRUCTURED:
+            flags |= TransmissionFlag.SEND_DF
+        if self.style is HeaderStyle.EXTENDED and selecting:
+            flags |= TransmissionFlag.BLOCK_STAT_PAYLOAD
+        return replace(info, flags=flags)
+
+    def _send_info(self, option: Opt, told: ExportInfo) -> None:
+        if Info.NAME in self._wanted:
+            self._item(option, U16.pack(Info.NAME) + encode(told.name))
+        if told.description:
+            self._item(option, U16.pack(Info.DESCRIPTION) + display(told.description))
+        # Sent unasked as well: clients that know it profit, others must ignore it; qemu-nbd does so too.
+        maximum = min(told.maximum_payload, self._limits.max_payload)
+        sizes = (told.minimum_block, told.preferred_block, maximum)
+        self._item(option, INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, *sizes))
+        self._item(option, INFO_EXPORT.pack(Info.EXPORT, told.size, told.flags))
+
+    def _item(self, option: Opt, data: bytes) -> None:
+        self.out.append(OptionReply.pack(option, Rep.INFO, data))
+
+    def _context(self, option: Opt, number: int, name: str) -> None:
+        self.out.append(OptionReply.pack(option, Rep.META_CONTEXT, U32.pack(number) + encode(name)))
+
+    def _ack(self, option: Opt) -> None:
+        self.out.append(OptionReply.pack(option, Rep.ACK))
+
+    def _error(self, option: int, rep: Rep, text: str) -> None:
+        self.out.append(OptionReply.pack(option, rep, display(text)))
+
+
+OPTION_HANDLERS: dict[int, Callable[[Handshake, bytes | memoryview], GoRequested | Disconnected | None]] = {
+    Opt.EXPORT_NAME: Handshake._export_name,
+    Opt.ABORT: Handshake._abort,
+    Opt.LIST: Handshake._list,
+    Opt.STARTTLS: Handshake._starttls,
+    Opt.INFO: Handshake._info,
+    Opt.GO: Handshake._info,
+    Opt.STRUCTURED_REPLY: Handshake._structured_reply,
+    Opt.EXTENDED_HEADERS: Handshake._extended_headers,
+    Opt.LIST_META_CONTEXT: Handshake._list_meta_context,
+    Opt.SET_META_CONTEXT: Handshake._set_meta_context,
+}
