@@ -1,0 +1,593 @@
+"""ServerProtocol: one connection, seen by the server. Bytes in, events out; answers in, bytes out.
+
+The shell's loop::
+
+    view = protocol.get_buffer()                      # 1. receive into it
+    events = protocol.buffer_updated(count)           # 2. act on each event
+    for buffer in protocol.data_to_send(): ...        # 3. send, after every call that may have queued
+
+No exception leaves this class for anything a client does: what cannot be answered becomes a Disconnected
+event, after which the shell sends what is queued, finishes what is in flight if ``clean``, and closes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from struct import Struct
+
+from nbdbm.extents import ExtentList
+from nbdbm.nbd.catalog import Catalog, ExportInfo
+from nbdbm.nbd.constants import (
+    EXTENDED_REQUEST_MAGIC,
+    IHAVEOPT,
+    REQUEST_MAGIC,
+    Cmd,
+    CmdFlag,
+    NbdErrno,
+    Opt,
+    Rep,
+    TransmissionFlag,
+)
+from nbdbm.nbd.events import (
+    BlockStatus,
+    Cache,
+    Disconnected,
+    Event,
+    Flush,
+    GoRequested,
+    Read,
+    Trim,
+    Write,
+    WriteZeroes,
+)
+from nbdbm.nbd.handshake import (
+    TRANSITIONS,
+    Handshake,
+    HeaderStyle,
+    Negotiated,
+    ProtocolViolation,
+    State,
+)
+from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
+from nbdbm.nbd.messages import (
+    CLIENT_FLAGS,
+    EXTENDED_REQUEST,
+    OPTION,
+    OPTION_REPLY,
+    REQUEST,
+    U64,
+    OptionReply,
+    OptionRequest,
+    Request,
+    reply_text,
+)
+from nbdbm.nbd.receiver import SMALL_BODY, Receiver
+from nbdbm.nbd.transmission import REPLIES, Chunks, Judge, Origins, Output, Refusal
+
+logger = logging.getLogger(__name__)
+
+FLAGS = tuple(CmdFlag(value) for value in range(CmdFlag.PAYLOAD_LEN << 1))
+"""Every combination of known flags: looking one up costs a tenth of building it."""
+
+_NO_FLAGS = FLAGS[0]
+_new = tuple.__new__
+"""Makes an event at half the cost of calling its class; for the hot loop only."""
+
+_READ, _WRITE, _PAYLOAD_LEN = int(Cmd.READ), int(Cmd.WRITE), int(CmdFlag.PAYLOAD_LEN)
+
+_INCOMPLETE = -1
+"""Returned instead of a position when a message must stay in the scratch until more of it is there."""
+
+
+class ServerProtocol(Receiver):
+    """One connection's state, from the greeting to the end. The greeting is queued at once.
+
+    Args:
+        catalog: the exports that may be seen.
+        limits: what the client may make us hold or do.
+        scratch: a receive buffer instead of the one shared by the whole process; needed only if
+            connections live in several threads.
+    """
+
+    __slots__ = (
+        "_after_skip",
+        "_handshake",
+        "_head",
+        "_judge",
+        "_limits",
+        "_magic",
+        "_option",
+        "_origins",
+        "_out",
+        "_queued",
+        "_replies",
+        "_trace",
+        "_write",
+        "negotiated",
+        "state",
+    )
+
+    def __init__(
+        self, catalog: Catalog, *, limits: Limits = DEFAULT_LIMITS, scratch: bytearray | None = None
+    ) -> None:
+        super().__init__(scratch)
+        self.state = State.CLIENT_FLAGS
+        self.negotiated: Negotiated | None = None
+        """What was agreed upon, once ``accept`` was called."""
+        self._limits = limits
+        self._trace = logger.isEnabledFor(logging.DEBUG)
+        self._out: Output = []
+        self._queued = 0
+        """Bytes of option replies in ``_out``."""
+        self._handshake: Handshake | None = Handshake(catalog, limits)
+        """Dropped when transmission begins: a connection lives long and should weigh little."""
+        self._after_skip: tuple[OptionRequest, Rep] | tuple[Request, Refusal] | None = None
+        """What to answer once the bytes being thrown away are gone."""
+        self._option: OptionRequest | None = None
+        """The option whose data is the body under way."""
+        self._write: Request | None = None
+        """The WRITE whose payload is the body under way."""
+        # From here on: set by accept().
+        self._judge: Judge | None = None
+        self._replies = REPLIES[HeaderStyle.SIMPLE]
+        self._head: Struct = REQUEST
+        self._magic = REQUEST_MAGIC
+        self._origins: Origins | None = None
+        """Extended headers: the offset of each request that awaits its reply."""
+        self._take_option_replies(self._handshake)
+
+    # What is known
+
+    @property
+    def closed(self) -> bool:
+        """A Disconnected event was returned; input is ignored from then on."""
+        return self.state is State.CLOSED
+
+    @property
+    def sparse_reads(self) -> bool:
+        """True if ``reply_read`` may be given holes without sending them as zeroes.
+
+        A read with CmdFlag.DF must be given as data all the same.
+        """
+        return self.negotiated is not None and self.negotiated.structured
+
+    @property
+    def max_extents(self) -> int:
+        """The cap on each context's extents when all that were negotiated are reported."""
+        return self._share(len(self.negotiated.contexts) if self.negotiated is not None else 1)
+
+    def extent_limit(self, event: BlockStatus) -> int:
+        """The ``limit`` for the ExtentList of each context of this request."""
+        return 1 if event.flags & CmdFlag.REQ_ONE else self._share(len(event.contexts))
+
+    def _share(self, contexts: int) -> int:
+        limits = self._limits
+        return min(limits.max_extents, max(1, limits.max_extents_per_reply // max(1, contexts)))
+
+    # Receiving
+
+    def buffer_updated(self, count: int) -> list[Event]:
+        """Parse ``count`` bytes that were received into the last ``get_buffer``; return what to do.
+
+        All complete messages are parsed, except after GoRequested: the rest waits for the answer.
+        """
+        events: list[Event] = []
+        if self.state is State.CLOSED:
+            return events
+        end = self._received(count)
+        try:
+            if self._body is not None:
+                body = self._take_body()
+                if body is not None:
+                    self._body_complete(body, events)
+            else:
+                self._parse(end, events)
+        except ProtocolViolation as fault:
+            self._close(events, Disconnected(False, str(fault)))
+        return events
+
+    def receive_data(self, data: bytes | memoryview) -> list[Event]:
+        """The same for bytes at hand: tests, fuzzing, transports without receive-into."""
+        events: list[Event] = []
+        rest = memoryview(data)
+        while rest and self.state is not State.CLOSED:
+            view = self.get_buffer()
+            count = min(len(view), len(rest))
+            view[:count] = rest[:count]
+            rest = rest[count:]
+            events += self.buffer_updated(count)
+        return events
+
+    def receive_eof(self) -> list[Event]:
+        """The client closed its side."""
+        events: list[Event] = []
+        if self.state is State.CLOSED:
+            return events
+        if self._partial or self._body is not None or self._skip:
+            reason = "the connection ended in the middle of a message"
+        elif self.state is State.TRANSMISSION:
+            reason = "the connection ended without NBD_CMD_DISC"
+        else:
+            reason = "the connection ended during the handshake"
+        self._close(events, Disconnected(False, reason))
+        return events
+
+    def data_to_send(self) -> list[bytes | memoryview]:
+        """Take everything queued, in order. Payload views are the ones given to ``reply_read``."""
+        out = self._out
+        if out:
+            self._out = []
+            self._queued = 0
+        return out
+
+    def _parse(self, end: int, events: list[Event]) -> None:
+        """Parse the scratch up to ``end`` and keep what is incomplete."""
+        at = 0
+        while True:
+            if self._skip:
+                at = self._skipped(at, end)
+                if self._skip:
+                    return
+                self._skip_done()
+            before = at
+            if self.state is State.TRANSMISSION:
+                at = self._parse_requests(at, end, events)
+            elif self.state is State.OPTIONS:
+                at = self._parse_option(at, end, events)
+            elif self.state is State.CLIENT_FLAGS:
+                at = self._parse_client_flags(at, end)
+            if at == before and not self._skip:
+                break
+        if self.state is State.DECIDING and end - at >= len(self._scratch):
+            raise ProtocolViolation("the client went on before its option was answered")
+        if self.state is not State.CLOSED:
+            self._keep(at, end)
+
+    def _body_complete(self, body: memoryview, events: list[Event]) -> None:
+        """Act on a message whose body came into its own buffer."""
+        if self._write is not None:
+            request, self._write = self._write, None
+            if self._origins is not None:
+                self._origins.note(request.cookie, request.offset)
+            flags = FLAGS[request.flags & ~_PAYLOAD_LEN]
+            events.append(Write(request.cookie, request.offset, body, flags))
+        elif self._option is not None:
+            option, self._option = self._option, None
+            self._answer_option(option, body, events)
+
+    def _drain(self, length: int, after: tuple[OptionRequest, Rep] | tuple[Request, Refusal]) -> None:
+        """Throw the next ``length`` bytes away, then answer."""
+        self._skip = length
+        self._after_skip = after
+        if not length:
+            self._skip_done()
+
+    def _skip_done(self) -> None:
+        assert self._after_skip is not None
+        message, verdict = self._after_skip
+        self._after_skip = None
+        if isinstance(message, OptionRequest):
+            assert self._handshake is not None and isinstance(verdict, Rep)
+            self._handshake.dropped(message.option, message.length, verdict)
+            self._take_option_replies(self._handshake)
+        else:
+            assert isinstance(verdict, Refusal)
+            self._refuse_request(message, verdict)
+
+    def _become(self, state: State) -> None:
+        assert state in TRANSITIONS[self.state], (self.state, state)
+        self.state = state
+
+    def _close(self, events: list[Event], event: Disconnected) -> None:
+        self._become(State.CLOSED)
+        self._partial = b""
+        self._body = None
+        self._skip = 0
+        self._handshake = None
+        events.append(event)
+
+    # Handshake
+
+    def accept(self, info: ExportInfo) -> list[Event]:
+        """Answer GoRequested: enter transmission on ``info``. Returns events of input that was waiting."""
+        if self.state is State.CLOSED:
+            return []
+        assert self.state is State.DECIDING and self._handshake is not None
+        negotiated = self._handshake.accept(info)
+        self._take_option_replies(self._handshake)
+        self._handshake = None
+        self.negotiated = negotiated
+        self._judge = Judge(negotiated)
+        self._replies = REPLIES[negotiated.style]
+        if negotiated.extended:
+            self._head = EXTENDED_REQUEST
+            self._magic = EXTENDED_REQUEST_MAGIC
+            self._origins = Origins()
+        self._become(State.TRANSMISSION)
+        return self._resume()
+
+    def refuse(self, rep: Rep, text: str) -> list[Event]:
+        """Answer GoRequested with an error. Returns events of input that was waiting, or Disconnected:
+        NBD_OPT_EXPORT_NAME cannot be refused otherwise."""
+        if self.state is State.CLOSED:
+            return []
+        assert self.state is State.DECIDING and self._handshake is not None
+        if not self._handshake.refuse(rep, text):
+            events: list[Event] = []
+            self._close(events, Disconnected(False, f"NBD_OPT_EXPORT_NAME: {text}"))
+            return events
+        self._take_option_replies(self._handshake)
+        self._become(State.OPTIONS)
+        return self._resume()
+
+    def _resume(self) -> list[Event]:
+        """Parse what came while the shell was deciding."""
+        self.get_buffer()
+        return self.buffer_updated(0)
+
+    def _parse_client_flags(self, at: int, end: int) -> int:
+        if end - at < CLIENT_FLAGS.size:
+            return at
+        assert self._handshake is not None
+        self._handshake.client_flags(CLIENT_FLAGS.unpack_from(self._scratch, at)[0])
+        self._become(State.OPTIONS)
+        return at + CLIENT_FLAGS.size
+
+    def _parse_option(self, at: int, end: int, events: list[Event]) -> int:
+        """Parse one option at ``at``; return where the next one begins, or ``at`` if it is incomplete."""
+        start = at + OPTION.size
+        if end < start:
+            return at
+        option = OptionRequest.parse(self._scratch, at)
+        if option.magic != IHAVEOPT:
+            raise ProtocolViolation(f"option magic {option.magic:#x}")
+        length = option.length
+        goodbye = option.option == Opt.ABORT
+        if end - start < length <= SMALL_BODY and not goodbye:
+            return at
+        if self._queued > self._limits.max_queued:
+            raise ProtocolViolation("the client sends options without awaiting their replies")
+        handshake = self._handshake
+        assert handshake is not None
+        verdict = handshake.begin(option.option, length)
+        if self._trace:
+            logger.debug("< %s", option)
+        if goodbye:
+            # Its data is ignored, and nothing may follow: no use in waiting for it.
+            self._answer_option(option, b"", events)
+            return end
+        if verdict is not None:
+            self._drain(length, (option, verdict))
+            return start
+        if end - start < length:
+            self._option = option
+            self._begin_body(memoryview(bytearray(length)), start, end)
+            return end
+        self._answer_option(option, bytes(self._view[start : start + length]), events)
+        return start + length
+
+    def _answer_option(self, option: OptionRequest, data: bytes | memoryview, events: list[Event]) -> None:
+        handshake = self._handshake
+        assert handshake is not None
+        event = handshake.option(option.option, data)
+        self._take_option_replies(handshake)
+        if isinstance(event, GoRequested):
+            self._become(State.DECIDING)
+            events.append(event)
+        elif event is not None:
+            self._close(events, event)
+
+    def _take_option_replies(self, handshake: Handshake) -> None:
+        replies = handshake.out
+        if self._trace:
+            for reply in replies:
+                if len(reply) >= OPTION_REPLY.size and self.state is not State.CLIENT_FLAGS:
+                    logger.debug("> %s", OptionReply.parse(reply))
+        self._queued += sum(map(len, replies))
+        self._out += replies
+        handshake.out = []
+
+    # Transmission: requests
+
+    def _parse_requests(self, at: int, end: int, events: list[Event]) -> int:
+        """Parse requests from ``at`` on; return where the first incomplete one begins."""
+        negotiated = self.negotiated
+        assert negotiated is not None
+        info = negotiated.info
+        unpack, head, buffer = self._head.unpack_from, self._head.size, self._scratch
+        size, maximum, origins = info.size, negotiated.maximum_payload, self._origins
+        # The two common requests are judged in line, by the rules that Judge has for them; whatever is
+        # not plain goes the general way.
+        plain = info.minimum_block == 1 and not self._trace
+        small = min(maximum, SMALL_BODY) if not info.flags & TransmissionFlag.READ_ONLY else 0
+        payload_len = _PAYLOAD_LEN if negotiated.extended else 0
+        while end - at >= head:
+            magic, flags, command, cookie, offset, length = unpack(buffer, at)
+            if magic != self._magic:
+                raise ProtocolViolation(f"request magic {magic:#x}")
+            if plain and offset + length <= size:
+                if command == _READ:
+                    if not flags and 0 < length <= maximum:
+                        at += head
+                        if origins is not None:
+                            origins.note(cookie, offset)
+                        events.append(_new(Read, (cookie, offset, length, _NO_FLAGS)))
+                        continue
+                elif command == _WRITE and 0 < length <= small and not flags & ~payload_len:
+                    start = at + head
+                    if end - start < length:
+                        break
+                    at = start + length
+                    if origins is not None:
+                        origins.note(cookie, offset)
+                    data = memoryview(bytes(self._view[start:at]))
+                    events.append(_new(Write, (cookie, offset, data, _NO_FLAGS)))
+                    continue
+            request = Request(magic, flags, command, cookie, offset, length)
+            after = self._request(request, at + head, end, events)
+            if after == _INCOMPLETE:
+                break
+            at = after
+            if self._trace:
+                logger.debug("< %s", request)
+            if self._skip or self.state is State.CLOSED:
+                break
+        return at
+
+    def _request(self, request: Request, at: int, end: int, events: list[Event]) -> int:
+        """Act on one request whose payload, if any, begins at ``at``; return where the next begins."""
+        negotiated, judge = self.negotiated, self._judge
+        assert negotiated is not None and judge is not None
+        command, length = request.type, request.length
+        if command == Cmd.DISC:
+            self._close(events, Disconnected(True, "the client said goodbye"))
+            return end
+        if command != Cmd.WRITE and not (negotiated.extended and request.flags & CmdFlag.PAYLOAD_LEN):
+            self._emit(request, negotiated.contexts, events)
+            return at
+        if length > negotiated.maximum_payload:
+            limit = negotiated.maximum_payload
+            refusal = Refusal(NbdErrno.EINVAL, f"payload of {length} bytes, the limit is {limit}")
+            # "A server SHOULD initiate hard disconnect" with extended headers; else as long as it is
+            # reasonable the payload is thrown away.
+            if negotiated.extended or length > self._limits.max_drained:
+                self._refuse_request(request, refusal)
+                raise ProtocolViolation(refusal.text)
+            self._drain(length, (request, refusal))
+            return at
+        if command == Cmd.WRITE:
+            return self._write_request(request, at, end, events)
+        if command == Cmd.BLOCK_STATUS:
+            return self._status_request(request, at, end, events)
+        self._drain(length, (request, Refusal(NbdErrno.EINVAL, f"command {command} takes no payload")))
+        return at
+
+    def _write_request(self, request: Request, at: int, end: int, events: list[Event]) -> int:
+        assert self._judge is not None
+        length = request.length
+        refusal = self._judge.check(request)
+        if refusal is not None:
+            self._drain(length, (request, refusal))
+            return at
+        if not length:
+            self._replies.done(self._out, request.cookie, request.offset)
+            return at
+        if end - at < length:
+            if length <= SMALL_BODY:
+                return _INCOMPLETE
+            self._write = request
+            self._begin_body(memoryview(bytearray(length)), at, end)
+            return end
+        if self._origins is not None:
+            self._origins.note(request.cookie, request.offset)
+        data = memoryview(bytes(self._view[at : at + length]))
+        flags = FLAGS[request.flags & ~_PAYLOAD_LEN]
+        events.append(Write(request.cookie, request.offset, data, flags))
+        return at + length
+
+    def _status_request(self, request: Request, at: int, end: int, events: list[Event]) -> int:
+        """BLOCK_STATUS with a payload: 64 bits of effect length, 32 bits for each context id wanted."""
+        negotiated = self.negotiated
+        assert negotiated is not None
+        length = request.length
+        count, odd = divmod(length - U64.size, 4)
+        if odd or not 1 <= count <= len(negotiated.contexts) or length > SMALL_BODY:
+            text = f"BLOCK_STATUS: a payload of {length} bytes does not select contexts"
+            self._drain(length, (request, Refusal(NbdErrno.EINVAL, text)))
+            return at
+        if end - at < length:
+            return _INCOMPLETE
+        effect, *wanted = Struct(f">Q{count}I").unpack_from(self._scratch, at)
+        ids = set(wanted)
+        chosen = tuple(context for context in negotiated.contexts if context.id in ids)
+        if len(chosen) != count:
+            text = "BLOCK_STATUS: the payload names a context twice, or one that was not selected"
+            self._refuse_request(request, Refusal(NbdErrno.EINVAL, text))
+        else:
+            self._emit(request._replace(length=effect), chosen, events)
+        return at + length
+
+    def _emit(self, request: Request, contexts: tuple[tuple[int, str], ...], events: list[Event]) -> None:
+        """Refuse a request, answer it if it is about nothing, or hand it out."""
+        assert self._judge is not None
+        refusal = self._judge.check(request)
+        if refusal is not None:
+            self._refuse_request(request, refusal)
+            return
+        command, cookie, offset, length = request.type, request.cookie, request.offset, request.length
+        if not length and command != Cmd.FLUSH:
+            # "The client SHOULD NOT"; done with nothing to do, as in qemu-nbd.
+            if command == Cmd.READ:
+                self._replies.read(self._out, cookie, offset, ())
+            else:
+                self._replies.done(self._out, cookie, offset)
+            return
+        if self._origins is not None:
+            self._origins.note(cookie, offset)
+        flags = FLAGS[request.flags & ~_PAYLOAD_LEN]
+        if command == Cmd.BLOCK_STATUS:
+            events.append(BlockStatus(cookie, offset, length, flags, contexts))
+        elif command == Cmd.FLUSH:
+            events.append(Flush(cookie, flags))
+        else:
+            events.append(_RANGED[command](cookie, offset, length, flags))
+
+    def _refuse_request(self, request: Request, refusal: Refusal) -> None:
+        before = len(self._out)
+        self._replies.error(self._out, request.cookie, request.offset, *refusal)
+        if self._trace:
+            self._log_reply(before)
+
+    # Transmission: replies
+
+    def reply(self, cookie: int) -> None:
+        """Queue success without payload."""
+        before = len(self._out)
+        self._replies.done(self._out, cookie, self._origin(cookie, 0))
+        if self._trace:
+            self._log_reply(before)
+
+    def reply_read(self, cookie: int, offset: int, chunks: Chunks) -> None:
+        """Queue a read's data: consecutive (length, data) from ``offset``, data None for a hole.
+
+        The lengths sum up to the request's. Without ``sparse_reads`` holes are sent as zeroes. A view
+        must stay as it is until it was sent.
+        """
+        before = len(self._out)
+        self._origin(cookie, offset)
+        self._replies.read(self._out, cookie, offset, chunks)
+        if self._trace:
+            self._log_reply(before)
+
+    def reply_block_status(self, cookie: int, contexts: Sequence[tuple[int, ExtentList]]) -> None:
+        """Queue the extents for each context id of the event, none of them empty."""
+        assert contexts and all(extents.flat for _, extents in contexts)
+        before = len(self._out)
+        origin = self._origin(cookie, contexts[0][1].offset)
+        self._replies.status(self._out, cookie, origin, contexts)
+        if self._trace:
+            self._log_reply(before)
+
+    def reply_error(self, cookie: int, error: NbdErrno, message: str = "") -> None:
+        """Queue a failure; clients without structured replies get the number alone."""
+        before = len(self._out)
+        self._replies.error(self._out, cookie, self._origin(cookie, 0), error, message)
+        if self._trace:
+            self._log_reply(before)
+
+    def _origin(self, cookie: int, offset: int) -> int:
+        """The offset that the reply to ``cookie`` must repeat; the request is then no longer in flight."""
+        return offset if self._origins is None else self._origins.take(cookie, offset)
+
+    def _log_reply(self, before: int) -> None:
+        logger.debug("> %s", reply_text(self._out[before]))
+
+
+_RANGED: dict[int, type[Read] | type[Cache] | type[Trim] | type[WriteZeroes]] = {
+    Cmd.READ: Read,
+    Cmd.CACHE: Cache,
+    Cmd.TRIM: Trim,
+    Cmd.WRITE_ZEROES: WriteZeroes,
+}
+"""Commands whose event is (cookie, offset, length, flags)."""
