@@ -197,7 +197,7 @@ class DirtyBitmap:
             if isinstance(segment, bitarray):
                 self._segment_extents(into, segment, base, bit - base, segment_stop - base)
             else:
-                into.add((segment_stop << self._shift) - into.position, segment is True)
+                into.add((segment_stop << self._shift) - into.position, int(segment is True))
             bit = segment_stop
 
     def _segment_extents(self, into: ExtentList, segment: bitarray, base: int, at: int, stop: int) -> None:
