@@ -11,14 +11,14 @@ import errno
 import json
 import os
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nbdbm.errors import CorruptError, FormatError, ImageError, UnsupportedError, UnsupportedFormat
-from nbdbm.image.blockfile import BlockFile, ThreadedFile
+from nbdbm.image.blockfile import BlockFile, HostFile, ThreadedFile
 from nbdbm.image.cache import TableCache
 from nbdbm.image.clusters import ClusterMap, load_l1
-from nbdbm.image.locks import lock
 from nbdbm.qcow2.compressed import Decompressor, decompressor
 from nbdbm.qcow2.constants import MAGIC, MAX_SNAPSHOT_TABLE, V3_MIN_HEADER_LENGTH
 from nbdbm.qcow2.geometry import Geometry
@@ -65,7 +65,7 @@ class Confinement:
         if self.no_backing:
             raise ImageError(path, f"{what} is {name!r}: refused by --no-backing", errno=errno.EPERM)
 
-    def check_place(self, file: ThreadedFile, path: str, what: str, name: str) -> None:
+    def check_place(self, file: HostFile, path: str, what: str, name: str) -> None:
         """Refuse an open file that lies elsewhere, links resolved.
 
         Raises:
@@ -89,13 +89,13 @@ class Layer:
 
     path: str
     format: str
-    file: ThreadedFile
+    file: HostFile
     size: int
     """Of its virtual disk, bytes."""
     header: Header | None = None
     map: ClusterMap | None = None
     """None: raw, every byte lies at its own offset of ``file``."""
-    data_file: ThreadedFile | None = None
+    data_file: HostFile | None = None
     decompress: Decompressor | None = None
     snapshots: list[SnapshotEntry] = field(default_factory=list)
     sparse: bool = False
@@ -111,6 +111,14 @@ class Layer:
         self.file.close()
         if self.data_file is not None:
             self.data_file.close()
+
+
+FileOpener = Callable[[str, bool], HostFile]
+"""(path, writable) -> the file, open. Raises ImageError."""
+
+
+def _open_host_file(path: str, writable: bool) -> HostFile:
+    return ThreadedFile.open(path, writable=writable)
 
 
 class Reference(NamedTuple):
@@ -204,22 +212,31 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 class ChainOpener:
     """Opens one image with everything under it; keeps what concerns the chain as a whole."""
 
-    def __init__(self, confinement: Confinement, cache: TableCache, notices: list[str]) -> None:
+    def __init__(
+        self,
+        confinement: Confinement,
+        cache: TableCache,
+        notices: list[str],
+        open_file: FileOpener | None = None,
+    ) -> None:
+        self._open_host_file = open_file or _open_host_file
         self._confinement = confinement
         self._cache = cache
         self._notices = notices
         self._seen: dict[tuple[int, int], str] = {}
         self._l1_total = 0
 
-    async def open(self, path: str, format_: str | None, snapshot: str | None) -> list[Layer]:
-        """The layers from the active one down.
+    async def open(
+        self, path: str, format_: str | None, snapshot: str | None, *, writable: bool = False
+    ) -> list[Layer]:
+        """The layers from the active one down; that one and its data file ``writable``.
 
         Raises:
             ImageError: any file of the chain cannot be used; nothing stays open then.
         """
         layers: list[Layer] = []
         try:
-            file = self._open_file(path, path, None)
+            file = self._open_file(path, path, None, writable=writable)
             layers.append(await self._open_layer(file, format_ or await self._probe(file), 0, snapshot))
             while (header := layers[-1].header) is not None and header.backing_file is not None:
                 if len(layers) == MAX_CHAIN:
@@ -231,7 +248,7 @@ class ChainOpener:
             raise
         return layers
 
-    async def _probe(self, file: ThreadedFile) -> str:
+    async def _probe(self, file: HostFile) -> str:
         """The format of the active image when nobody has said it: qcow2, or a refusal."""
         try:
             if await file.pread(0, 4) == MAGIC.to_bytes(4):
@@ -242,10 +259,12 @@ class ChainOpener:
             file.close()
             raise
 
-    def _open_file(self, path: str, image: str, reference: tuple[str, str] | None) -> ThreadedFile:
+    def _open_file(
+        self, path: str, image: str, reference: tuple[str, str] | None, *, writable: bool = False
+    ) -> HostFile:
         """Open and lock one file for reading; ``reference``: (what, name) by which ``image`` refers to it."""
         try:
-            file = ThreadedFile.open(path)
+            file = self._open_host_file(path, writable)
         except ImageError as error:
             if reference is None:
                 raise
@@ -265,7 +284,7 @@ class ChainOpener:
                     errno=errno.ELOOP,
                 )
             self._seen[file.identity] = path
-            notice = lock(file.fd, path, writable=False, force_share=self._confinement.force_share)
+            notice = file.lock(writable=writable, force_share=self._confinement.force_share)
             if notice is not None:
                 self._notices.append(notice)
         except BaseException:
@@ -301,7 +320,7 @@ class ChainOpener:
             self._open_file(reference.path, image, (what, name)), format_, place, None
         )
 
-    async def _open_layer(self, file: ThreadedFile, format_: str, place: int, snapshot: str | None) -> Layer:
+    async def _open_layer(self, file: HostFile, format_: str, place: int, snapshot: str | None) -> Layer:
         """The layer in ``file``, which is closed if that fails."""
         layer = Layer(path=file.path, format=format_, file=file, size=file.size)
         try:
@@ -347,7 +366,7 @@ class ChainOpener:
             entry.validate(layer.size, header.cluster_size, header.l2_entry_size, file.size)
             l1_offset, l1_size = entry.l1_table_offset, entry.l1_size
         if header.has_data_file:
-            layer.data_file = self._open_data_file(file.path, header)
+            layer.data_file = self._open_data_file(file.path, header, writable=file.writable)
         layer.decompress = decompressor(header.compression_type)
 
         # Entries beyond the disk hold a snapshot's machine state, and are no concern of ours.
@@ -360,7 +379,7 @@ class ChainOpener:
         l1 = await load_l1(file, l1_offset, l1_size) if l1_size else array("Q")
         layer.map = ClusterMap(file, layer.data, geometry, l1, layer.size, self._cache, place)
 
-    def _open_data_file(self, image: str, header: Header) -> ThreadedFile:
+    def _open_data_file(self, image: str, header: Header, *, writable: bool) -> HostFile:
         name = header.data_file
         what = "data file"
         if not name:
@@ -371,7 +390,7 @@ class ChainOpener:
             raise UnsupportedError(
                 image, f"{what} is {name!r}: it must be a plain file, not {reference.format}"
             )
-        return self._open_file(reference.path, image, (what, name))
+        return self._open_file(reference.path, image, (what, name), writable=writable)
 
 
 async def _load_snapshots(file: BlockFile, header: Header) -> list[SnapshotEntry]:

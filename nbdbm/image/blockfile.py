@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from nbdbm.errors import ImageError
+from nbdbm.image.locks import lock
 
 T = TypeVar("T")
 
@@ -20,8 +21,13 @@ IO_THREADS = 16
 """Calls of one process that wait for disks (or decompress) at the same time. More gain little on one
 disk, and each costs a stack."""
 
+INLINE_WRITE = 256 * 1024
+"""Bytes; a write of no more than this only copies to the page cache, in less time than a thread takes to
+be woken. (Under memory pressure the kernel makes writers wait, in a thread or not.)"""
+
 ZEROES = bytes(1024 * 1024)
 
+RWF_NOWAIT = os.RWF_NOWAIT
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
@@ -60,8 +66,15 @@ class BlockFile(Protocol):
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data``, extending the file where needed."""
 
-    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
-        """Make the range read as zeroes; ``punch`` allows giving its space back."""
+    def try_pwrite(self, offset: int, data: memoryview) -> bool:
+        """Write all of ``data`` now if it is little enough to be copied to the page cache; else False."""
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
+        """Make the range read as zeroes; ``punch`` allows giving its space back.
+
+        A host that cannot do it by itself gets zeroes written, or without ``fallback`` it is an OSError
+        (ENOTSUP) and nothing was done.
+        """
 
     async def discard(self, offset: int, length: int) -> None:
         """Give the range's space back where the host can; its content is undefined afterwards."""
@@ -77,6 +90,19 @@ class BlockFile(Protocol):
 
     def close(self) -> None:
         """Release the file and its locks; idempotent."""
+
+
+class HostFile(BlockFile, Protocol):
+    """A BlockFile with a place in the host's file system, as images refer to it."""
+
+    identity: tuple[int, int]
+    """The same for two paths to one file."""
+
+    def real_path(self) -> str:
+        """Where the open file really lies, whatever links led to it."""
+
+    def lock(self, *, writable: bool, force_share: bool) -> str | None:
+        """Take the image locks, see ``locks.lock``."""
 
 
 # -- a real file -------------------------------------------------------------------------------
@@ -177,18 +203,20 @@ class ThreadedFile:
         """Where the open file really lies, whatever links led to it."""
         return os.readlink(f"/proc/self/fd/{self.fd}")
 
+    def lock(self, *, writable: bool, force_share: bool) -> str | None:
+        """Take the image locks, see ``locks.lock``."""
+        return lock(self.fd, self.path, writable=writable, force_share=force_share)
+
     # -- reading -------------------------------------------------------------------------------
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` now if that needs no waiting (page cache); return False otherwise."""
-        return self._read_cached(view, offset) == len(view)
+        return self._nowait and self._read_cached(view, offset) == len(view)
 
     def _read_cached(self, view: memoryview, offset: int) -> int:
-        """Bytes filled at once, from the start of ``view``."""
-        if not self._nowait:
-            return 0
+        """Bytes filled at once, from the start of ``view``. Not to be called once RWF_NOWAIT has failed."""
         try:
-            done = os.preadv(self.fd, (view,), offset, os.RWF_NOWAIT)
+            done = os.preadv(self.fd, (view,), offset, RWF_NOWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -203,7 +231,7 @@ class ThreadedFile:
 
     async def pread_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset``; bytes past the end of the file are zeroes."""
-        done = self._read_cached(view, offset)
+        done = self._read_cached(view, offset) if self._nowait else 0
         if done < len(view):
             await in_thread(self._fill, view[done:], offset + done)
 
@@ -257,8 +285,19 @@ class ThreadedFile:
 
     # -- writing -------------------------------------------------------------------------------
 
+    def try_pwrite(self, offset: int, data: memoryview) -> bool:
+        """Write all of ``data`` now if it is little enough to be copied to the page cache; else False."""
+        if len(data) > INLINE_WRITE:
+            return False
+        self._pwrite(offset, data)
+        if offset + len(data) > self.size:
+            self.size = offset + len(data)
+        return True
+
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data``, extending the file where needed."""
+        if self.try_pwrite(offset, memoryview(data)):
+            return
         await in_thread(self._pwrite, offset, memoryview(data))
         self.size = max(self.size, offset + len(data))
 
@@ -270,14 +309,14 @@ class ThreadedFile:
                 raise OSError(errno.EIO, "nothing could be written", self.path)
             done += count
 
-    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
-        """Make the range read as zeroes; ``punch`` allows giving its space back."""
+    async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
+        """Make the range read as zeroes, see BlockFile."""
         if length <= 0:
             return
-        await in_thread(self._zero, offset, length, punch)
+        await in_thread(self._zero, offset, length, punch, fallback)
         self.size = max(self.size, offset + length)
 
-    def _zero(self, offset: int, length: int, punch: bool) -> None:
+    def _zero(self, offset: int, length: int, punch: bool, fallback: bool) -> None:
         # Past the end of the file there is nothing to punch: growing it reads as zeroes.
         inside = min(length, max(0, self.size - offset))
         modes = [FALLOC_FL_ZERO_RANGE]
@@ -286,6 +325,8 @@ class ThreadedFile:
         for mode in modes:
             if _fallocate(self.fd, mode, offset, length):
                 return
+        if not fallback:
+            raise OSError(errno.ENOTSUP, "zeroes are not faster than data here", self.path)
         for at in range(0, length, len(ZEROES)):
             part = min(len(ZEROES), length - at)
             self._pwrite(offset + at, memoryview(ZEROES)[:part])

@@ -75,6 +75,11 @@ class LoadingCache(Generic[V]):
         self.drop(key)
         self.values[key] = value
         self.weight += self._weigh(value)
+        if self.weight > self.limit:
+            self._shrink(key)
+
+    def _shrink(self, newest: int) -> None:
+        """Drop the least recently used values beyond the limit, but not the newest."""
         while self.weight > self.limit and len(self.values) > 1:
             _, old = self.values.popitem(last=False)
             self.weight -= self._weigh(old)
@@ -97,13 +102,17 @@ class LoadingCache(Generic[V]):
 class Table:
     """One slice of an L2 table."""
 
-    __slots__ = ("kinds", "words")
+    __slots__ = ("dirty", "kinds", "pinned", "words")
 
     def __init__(self, words: array[int]) -> None:
         self.words = words
         """The entries in native byte order, as ``L2Decoder`` takes them."""
         self.kinds: bytes | None = None
         """``L2Decoder.kinds`` of the words, made when block status first asks."""
+        self.dirty = 0
+        """One bit per page (commit.PAGE_WORDS) that differs from the file."""
+        self.pinned = False
+        """The file has not got all of it yet: must stay in the cache."""
 
 
 class TableCache(LoadingCache[Table]):
@@ -112,6 +121,15 @@ class TableCache(LoadingCache[Table]):
     def __init__(self, limit: int = TABLE_LIMIT) -> None:
         # An eighth more for the kinds, whether they have been made or not.
         super().__init__(limit, lambda table: len(table.words) * 9)
+
+    def _shrink(self, newest: int) -> None:
+        """Drop the least recently used slices beyond the limit, but none that the file has not got yet:
+        a commit sees to it that those do not become many."""
+        for key in list(self.values):
+            if self.weight <= self.limit:
+                break
+            if key != newest and not self.values[key].pinned:
+                self.drop(key)
 
 
 class ClusterCache(LoadingCache[bytes]):

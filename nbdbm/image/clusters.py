@@ -93,6 +93,13 @@ class ClusterMap:
             return UNKNOWN  # ``map`` complains
         return host
 
+    def cached(self, offset: int, length: int) -> Table | None:
+        """The slice that maps all of the range, if there is one and it is cached."""
+        number = offset >> self._slice_shift
+        if (offset + length - 1) >> self._slice_shift != number:
+            return None
+        return self._cache.get(self.tag + number)
+
     async def map(self, offset: int, length: int) -> list[Mapping]:
         """The runs that make up the range, neighbours merged within each L2 slice.
 
@@ -109,12 +116,12 @@ class ClusterMap:
             part = min(end, (number + 1) << shift) - offset
             table = self._cache.get(self.tag + number)
             if table is None:
-                gap = self._absent(offset, end - offset)
+                gap = self.absent(offset, end - offset)
                 if gap:
                     runs.append(Mapping(Kind.UNALLOCATED, gap, 0))
                     offset += gap
                     continue
-                table = await self._load(number)
+                table = await self.slice(number)
             try:
                 here = self.decoder.runs(table.words, offset, part)
             except FormatError as error:
@@ -136,7 +143,7 @@ class ClusterMap:
                 raise self.complain(f"{where} lies past the file's end ({limit})")
             offset += length
 
-    def _absent(self, offset: int, length: int) -> int:
+    def absent(self, offset: int, length: int) -> int:
         """How many bytes from ``offset`` have no L2 table, looking at the L1 table only."""
         shift = self.geometry.l1_shift
         first = offset >> shift
@@ -149,14 +156,14 @@ class ClusterMap:
             rest = raw.lstrip(b"\0")
             index += (len(raw) - len(rest)) // 8
             if rest:
-                if self._table_offset(index):
+                if self.table_offset(index):
                     break
                 index += 1
         else:
             return length
         return 0 if index == first else min(length, (index << shift) - offset)
 
-    def _table_offset(self, index: int) -> int:
+    def table_offset(self, index: int) -> int:
         """Where the L2 table of the L1 entry lies, 0 if there is none."""
         entry = self.l1[index]
         try:
@@ -172,14 +179,14 @@ class ClusterMap:
             )
         return where
 
-    async def _load(self, number: int) -> Table:
+    async def slice(self, number: int) -> Table:
         """The slice, from the file if need be. Its L2 table exists."""
         geometry = self.geometry
         index = number // geometry.slices_per_table
         within = number % geometry.slices_per_table * geometry.slice_bytes
 
         async def read() -> Table:
-            where = self._table_offset(index)
+            where = self.table_offset(index)
             return Table(await _load_words(self.file, where + within, geometry.slice_bytes))
 
         return await self._cache.load(self.tag + number, read)
@@ -192,10 +199,10 @@ class ClusterMap:
         number = offset >> self._slice_shift
         table = self._cache.get(self.tag + number)
         if table is None:
-            gap = self._absent(offset, length)
+            gap = self.absent(offset, length)
             if gap:
                 return gap, None
-            table = await self._load(number)
+            table = await self.slice(number)
         if table.kinds is None:
             table.kinds = self.decoder.kinds(table.words)
         return min(length, ((number + 1) << self._slice_shift) - offset), table

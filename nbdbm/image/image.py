@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from enum import Enum
+from typing import NamedTuple, Protocol
 
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapTracker
-from nbdbm.errors import BitmapError, UnsupportedError
-from nbdbm.image.backing import ChainOpener, Confinement, Layer
+from nbdbm.errors import BitmapError, ImageError
+from nbdbm.image.backing import ChainOpener, Confinement, FileOpener, Layer
 from nbdbm.image.bitmapstore import BitmapStore
 from nbdbm.image.cache import TableCache
+from nbdbm.image.commit import Metadata
+from nbdbm.image.rawwrite import RawWriter
 from nbdbm.image.read import Reader
 from nbdbm.image.status import Run, StatusWalker
+from nbdbm.image.writable import load_metadata, prepare
+from nbdbm.image.write import Writer
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.snapshots import SnapshotEntry
 
 __all__ = ["Image", "LayerInfo", "OpenOptions", "Run"]
 
 RAW_CLUSTER = 64 * 1024
+
+
+class DetectZeroes(Enum):
+    """What to do about writes of zeroes."""
+
+    OFF = "off"
+    """Store them like any data."""
+    ON = "on"
+    """Write them as zeroes that keep their space."""
+    UNMAP = "unmap"
+    """Write them as zeroes, and give their space back if ``discard`` allows that."""
+
+
+class WriteSide(Protocol):
+    """What changes the active layer: ``write.Writer`` or ``rawwrite.RawWriter``."""
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing may be written any more, once a sync has failed."""
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Write at once if that needs no waiting; False: nothing was done."""
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data``."""
+
+    async def write_zeroes(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
+        """Make the range read as zeroes."""
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Forget the content of the range, where that gives space back."""
+
+    async def flush(self) -> None:
+        """Make everything durable that was finished before this call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +77,10 @@ class OpenOptions:
     """Backing and data files must really lie in this directory."""
     force_share: bool = False
     """Read even while somebody writes; what is read may then be torn."""
+    discard: bool = True
+    """Trimmed and zeroed clusters are given back to the host; without it a trim does nothing."""
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    """What a write of nothing but zeroes becomes."""
 
 
 class LayerInfo(NamedTuple):
@@ -84,36 +128,75 @@ class Image:
         self._cache = cache
         self._reader = Reader(layers)
         self._status = StatusWalker(layers)
+        self._metadata: Metadata | None = None
+        self._side: WriteSide | None = None
+        """None while the image is read-only."""
+        self._discard = False
+        self._detect_zeroes = DetectZeroes.OFF
 
     @classmethod
-    async def open(cls, path: str, options: OpenOptions) -> Image:
-        """Open ``path``, its data file and its backing chain.
+    async def open(cls, path: str, options: OpenOptions, open_file: FileOpener | None = None) -> Image:
+        """Open ``path``, its data file and its backing chain; ``open_file`` stands for the host's files.
 
         Raises:
             ImageError: and its kin, naming file, field and value.
         """
-        if not options.read_only:
-            raise UnsupportedError(path, "can be opened for reading only; say --read-only")
+        writable = not options.read_only
+        if writable and options.snapshot is not None:
+            raise ImageError(
+                path, "a snapshot can be opened for reading only; say --read-only", errno=errno.EROFS
+            )
+        if writable and options.force_share:
+            raise ImageError(path, "--force-share is for reading only; say --read-only", errno=errno.EINVAL)
         notices: list[str] = []
         cache = TableCache()
         confinement = Confinement(
             no_backing=options.no_backing, root=options.backing_root, force_share=options.force_share
         )
-        opener = ChainOpener(confinement, cache, notices)
-        layers = await opener.open(path, options.format, options.snapshot)
+        opener = ChainOpener(confinement, cache, notices, open_file)
+        layers = await opener.open(path, options.format, options.snapshot, writable=writable)
         try:
             top = layers[0]
             store = None
             if top.header is not None:
-                notices += _header_notices(path, top.header)
+                if writable:
+                    await prepare(top, notices)
+                else:
+                    notices += _header_notices(path, top.header)
                 if options.snapshot is None:
-                    store = await BitmapStore.load(top.file, top.header, top.size, writable=False)
+                    store = await BitmapStore.load(top.file, top.header, top.size, writable=writable)
                     notices += store.notices
-            return cls(layers, store, cache, notices)
+            image = cls(layers, store, cache, notices)
+            if writable:
+                await image._begin_writing(options)
+            return image
+        except OSError as error:
+            _close_files(layers)
+            raise ImageError(
+                path, f"cannot be opened for writing: {error.strerror}", errno=error.errno
+            ) from error
         except BaseException:
-            for layer in layers:
-                layer.close()
+            _close_files(layers)
             raise
+
+    async def _begin_writing(self, options: OpenOptions) -> None:
+        """Become writable: from here on the disk says IN_USE of every bitmap that claims to be true."""
+        top = self._layers[0]
+        self._discard = options.discard
+        self._detect_zeroes = options.detect_zeroes
+        if top.header is None:
+            self._side = RawWriter(top.file)
+        else:
+            metadata = await load_metadata(top, self._cache, punch=options.discard)
+            self._metadata = metadata
+            self._side = Writer(
+                metadata,
+                self._reader,
+                top.size,
+                has_backing=len(self._layers) > 1,
+                raw_data=top.header.raw_data_file,
+            )
+        self.read_only = False
 
     @property
     def chain(self) -> Sequence[LayerInfo]:
@@ -144,7 +227,15 @@ class Image:
     async def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` (bytes, writable, contiguous) from ``offset``. The view is not used afterwards."""
         assert offset >= 0 and offset + len(view) <= self.size
-        await self._reader.read_into(view, offset)
+        if self._metadata is None:
+            await self._reader.read_into(view, offset)
+            return
+        # Until this ends, no cluster that it may have found gets a new user.
+        epoch = self._metadata.epochs.enter()
+        try:
+            await self._reader.read_into(view, offset)
+        finally:
+            self._metadata.epochs.leave(epoch)
 
     async def read_sparse(self, view: memoryview, offset: int) -> list[tuple[int, bool]]:
         """Read like ``read_into``, but leave out what is known to be zero.
@@ -152,7 +243,14 @@ class Image:
         Returns consecutive (length, is_data) that cover ``view``; parts with is_data False read as
         zeroes and are NOT filled.
         """
-        return await self._reader.read_sparse(view, offset)
+        assert offset >= 0 and offset + len(view) <= self.size
+        if self._metadata is None:
+            return await self._reader.read_sparse(view, offset)
+        epoch = self._metadata.epochs.enter()
+        try:
+            return await self._reader.read_sparse(view, offset)
+        finally:
+            self._metadata.epochs.leave(epoch)
 
     async def status(self, offset: int, length: int) -> list[Run]:
         """Describe a non-empty prefix of the range; neighbours differ. Call again for the rest.
@@ -172,8 +270,71 @@ class Image:
             raise BitmapError(name, f"{self.path} has no bitmaps as it is served")
         return await self._store.bits(name)
 
+    # -- writing -------------------------------------------------------------------------------
+
+    def _writer(self, offset: int, length: int) -> WriteSide:
+        """What may change the range, which has been marked in the bitmaps: a write that fails counts too."""
+        assert offset >= 0 and offset + length <= self.size
+        if self._side is None:
+            raise ImageError(self.path, "is open for reading only", errno=errno.EPERM)
+        if self._side.broken is not None:
+            raise ImageError(self.path, self._side.broken)
+        self.tracker.mark(offset, length)
+        return self._side
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """Write all of ``data``, which is not used afterwards; durable on return with ``fua``.
+
+        Raises:
+            ImageError: EPERM on a read-only image, EIO after a failed sync.
+            OSError, CorruptError: it failed; any part of it may have been written, and the image is sound.
+        """
+        side = self._writer(offset, len(data))
+        if self._detect_zeroes is not DetectZeroes.OFF and _is_zero(data):
+            punch = self._discard and self._detect_zeroes is DetectZeroes.UNMAP
+            await side.write_zeroes(offset, len(data), punch=punch, fast=False)
+        elif len(data) and not side.try_write(offset, data):
+            await side.write(offset, data)
+        if fua:
+            await self.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False, fua: bool = False
+    ) -> None:
+        """Make the range read as zeroes; with ``no_hole`` what is allocated stays so.
+
+        Raises:
+            ImageError: as for ``write``; ENOTSUP where ``fast`` was asked for and it would not be.
+            OSError, CorruptError: it failed; any part of it may have been done.
+        """
+        side = self._writer(offset, length)
+        if length:
+            await side.write_zeroes(offset, length, punch=self._discard and not no_hole, fast=fast)
+        if fua:
+            await self.flush()
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Forget the content of the range where that gives space back; what is forgotten reads as zeroes
+        (raw images: as the host has it).
+
+        Raises:
+            ImageError, OSError, CorruptError: as for ``write``.
+        """
+        side = self._writer(offset, length)
+        if length and self._discard:
+            await side.trim(offset, length)
+        if fua:
+            await self.flush()
+
     async def flush(self) -> None:
-        """Return once everything written before the call is on stable storage: nothing to do read-only."""
+        """Return once everything written before the call is on stable storage.
+
+        Raises:
+            ImageError: a sync failed, now or before.
+            OSError: a write failed; what it was to write is tried again by the next flush.
+        """
+        if self._side is not None:
+            await self._side.flush()
 
     async def close(self) -> None:
         """Release every file and lock; idempotent. No call may be under way or follow."""
@@ -182,8 +343,17 @@ class Image:
         await self._status.close()
         await self._reader.close()
         await self._cache.close()
-        for layer in self._layers:
-            layer.close()
+        _close_files(self._layers)
+
+
+def _close_files(layers: list[Layer]) -> None:
+    for layer in layers:
+        layer.close()
+
+
+def _is_zero(data: memoryview) -> bool:
+    """Whether all bytes are zero; looks at both ends first."""
+    return bool(len(data)) and not data[0] and not data[-1] and not bytes(data).strip(b"\0")
 
 
 def _header_notices(path: str, header: Header) -> list[str]:

@@ -93,6 +93,11 @@ class L2Decoder:
             self._wrong |= ZERO
         self._unusual = COMPRESSED | ZERO | self._wrong
         """Bits that a plain data entry has not."""
+        self._plain = not geometry.extended_l2 and not geometry.external_data
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_size = geometry.cluster_size
+        self._cluster_mask = geometry.cluster_mask
+        self._index_mask = geometry.slice_entries - 1
         self._classifier: tuple[list[bytes], bytes] | None = None
         self.runs: Callable[[array[int], int, int], list[Mapping]] = (
             self._extended_runs if geometry.extended_l2 else self._standard_runs
@@ -107,24 +112,13 @@ class L2Decoder:
         The range must lie in the slice. This is the short way for small reads: it knows only the
         plain cases.
         """
-        geometry = self.geometry
-        within = offset & geometry.cluster_mask
-        if within + length > geometry.cluster_size:
-            return self._locate_run(words, offset, length)
-        if geometry.extended_l2:
-            at = 2 * ((offset >> geometry.cluster_bits) & (geometry.slice_entries - 1))
-            bitmap = words[at + 1]
-            if bitmap != ALL:
-                return self._locate_run(words, offset, length)
-        else:
-            at = (offset >> geometry.cluster_bits) & (geometry.slice_entries - 1)
-        entry = words[at]
-        if entry & self._unusual or geometry.external_data:
-            return self._locate_run(words, offset, length)
-        host = entry & OFFSET_MASK
-        if host:
-            return host + within
-        return self._locate_run(words, offset, length) if geometry.extended_l2 else ABSENT
+        within = offset & self._cluster_mask
+        if self._plain and within + length <= self._cluster_size:
+            entry = words[(offset >> self._cluster_bits) & self._index_mask]
+            if not entry & self._unusual:
+                host = entry & OFFSET_MASK
+                return host + within if host else ABSENT
+        return self._locate_run(words, offset, length)
 
     def _locate_run(self, words: array[int], offset: int, length: int) -> int:
         try:

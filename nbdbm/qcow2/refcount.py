@@ -9,6 +9,8 @@ ones begin at the least significant bit of their byte:
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Iterator
 
 from nbdbm.qcow2.constants import MAX_REFCOUNT_ORDER
@@ -61,3 +63,30 @@ class RefcountBlock:
             return (value for (value,) in self._struct.iter_unpack(self.buffer))
         shifts = range(0, 8, self.bits)
         return (byte >> shift & self.maximum for byte in self.buffer for shift in shifts)
+
+
+def unpack_counts(data: bytes, order: int) -> array[int]:
+    """All refcounts of a block (or a part of one) as numbers in native order."""
+    counts = array("BBBBHIQ"[order])
+    if order >= 3:
+        counts.frombytes(data)
+        if sys.byteorder == "little":
+            counts.byteswap()
+    else:
+        counts.extend(RefcountBlock(data, order))
+    return counts
+
+
+def pack_counts(counts: array[int], order: int) -> bytes:
+    """The inverse of ``unpack_counts``."""
+    if order >= 3:
+        raw = counts[:]
+        if sys.byteorder == "little":
+            raw.byteswap()
+        return raw.tobytes()
+    bits = 1 << order
+    packed = bytearray(len(counts) * bits // 8)
+    for step in range(8 // bits):
+        for at, value in enumerate(counts[step :: 8 // bits]):
+            packed[at] |= value << step * bits
+    return bytes(packed)

@@ -1,0 +1,408 @@
+"""Allocator: which host clusters are in use, and how often.
+
+Refcounts live in RAM as soon as they are touched and reach the file with the next commit
+(``image/commit.py``). Counts rise before anything can point at a cluster and fall only after nothing
+on disk does, so a count on disk is never lower than the mappings on disk need: a power failure leaks
+clusters at worst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from bitarray import bitarray
+
+from nbdbm.errors import CorruptError, ImageError
+from nbdbm.image.blockfile import BlockFile
+from nbdbm.qcow2.constants import MAX_REFTABLE_SIZE, REFTABLE_OFFSET_MASK
+from nbdbm.qcow2.header import Header
+from nbdbm.qcow2.refcount import pack_counts, unpack_counts
+
+PAGE = 4096
+"""Bytes; the unit in which changed refcounts are written, or a whole block where that is smaller."""
+
+BLOCK_CACHE = 32 * 1024 * 1024
+"""Bytes of unchanged refcount blocks kept: with 64 KiB clusters they describe 1 TiB of file."""
+
+
+class _Block:
+    """One refcount block in RAM."""
+
+    __slots__ = ("counts", "dirty", "offset", "used")
+
+    def __init__(self, offset: int, counts: array[int]) -> None:
+        self.offset = offset
+        """Host offset of the block itself."""
+        self.counts = counts
+        self.used = bitarray()
+        self.used.pack(bytes(map(bool, counts)))
+        self.dirty = 0
+        """One bit per page that differs from the file."""
+
+
+class Allocator:
+    """Host clusters of one qcow2 file. Cluster numbers count from the start of the file."""
+
+    def __init__(self, file: BlockFile, header: Header, table: array[int]) -> None:
+        self.file = file
+        self.cluster_size = header.cluster_size
+        self.cluster_bits = header.cluster_bits
+        self.order = header.refcount_order
+        self.per_block = (self.cluster_size * 8) >> self.order
+        self.maximum = (1 << (1 << self.order)) - 1
+        self.table = table
+        self.table_offset = header.refcount_table_offset
+        self.table_clusters = header.refcount_table_clusters
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._dirty: dict[int, _Block] = {}
+        self._cache_blocks = max(2, BLOCK_CACHE // self.cluster_size)
+        self._new: list[int] = []
+        """Block numbers whose entry in the refcount table is not in the file yet."""
+        self._hint = 0
+        self._end = -(-file.size // self.cluster_size)
+        """No cluster from this one on was ever part of the file or handed out: it reads as zeroes."""
+        self._structure = asyncio.Lock()
+        """Held while the refcount table moves or gains entries in the file."""
+        self._page = min(PAGE, self.cluster_size)
+        self._per_page = (self._page * 8) >> self.order
+        self._protected: list[tuple[int, int]] = []
+        self._block_clusters = {(e & REFTABLE_OFFSET_MASK) >> self.cluster_bits for e in table if e}
+        self.protect(0, self.cluster_size)
+        self.protect(self.table_offset, self.table_clusters * self.cluster_size)
+
+    @classmethod
+    async def load(cls, file: BlockFile, header: Header) -> Allocator:
+        """Read the refcount table; blocks follow when they are needed.
+
+        Raises:
+            CorruptError: an entry is misaligned or points outside the file.
+        """
+        length = header.refcount_table_clusters * header.cluster_size
+        table = array("Q", await file.pread(header.refcount_table_offset, length))
+        table.byteswap()
+        seen: set[int] = set()
+        for index, entry in enumerate(table):
+            if entry and (entry % header.cluster_size or entry >= file.size or entry in seen):
+                raise CorruptError(
+                    file.path,
+                    f"refcount table entry {index} is {entry:#x}: must be a cluster of its own inside the"
+                    " file; repair it with: nbdbm check --repair all",
+                )
+            if entry:
+                seen.add(entry)
+        return cls(file, header, table)
+
+    def protect(self, offset: int, length: int) -> None:
+        """Never hand out this range's clusters, whatever the refcounts claim: metadata is there."""
+        first = offset >> self.cluster_bits
+        self._protected.append((first, -(-(offset + length) // self.cluster_size)))
+
+    def unprotect(self, offset: int) -> None:
+        """Take back ``protect`` for the range that begins at ``offset``."""
+        first = offset >> self.cluster_bits
+        self._protected = [r for r in self._protected if r[0] != first]
+
+    # Looking
+
+    async def _block(self, number: int) -> _Block | None:
+        """The refcount block of this number, or None where the table has none."""
+        block = self._blocks.get(number)
+        if block is not None:
+            self._blocks.move_to_end(number)
+            return block
+        if number >= len(self.table) or not self.table[number]:
+            return None
+        offset = self.table[number]
+        data = await self.file.pread(offset, self.cluster_size)
+        again = self._blocks.get(number)
+        if again is not None:  # somebody else read it meanwhile, and may have changed it
+            return again
+        block = _Block(offset, unpack_counts(data, self.order))
+        self._remember(number, block)
+        return block
+
+    def _remember(self, number: int, block: _Block) -> None:
+        self._blocks[number] = block
+        if len(self._blocks) > self._cache_blocks:
+            for old in self._blocks:
+                if old not in self._dirty and old not in self._new and old != number:
+                    del self._blocks[old]
+                    break
+
+    async def count(self, cluster: int) -> int:
+        """The refcount of a host cluster."""
+        number, index = divmod(cluster, self.per_block)
+        block = await self._block(number)
+        return block.counts[index] if block is not None else 0
+
+    # Changing, in RAM
+
+    def _touch(self, number: int, block: _Block, first: int, count: int) -> None:
+        low, high = first // self._per_page, (first + count - 1) // self._per_page
+        block.dirty |= ((1 << (high - low + 1)) - 1) << low
+        self._dirty[number] = block
+
+    async def allocate(self, count: int) -> tuple[int, int, bool]:
+        """Claim up to ``count`` adjacent clusters: (host offset, how many, fresh).
+
+        They have a refcount of one from now on. ``fresh`` says that nothing was ever stored there: what is
+        not written reads as zeroes. Whoever fails to link them gives them back with ``release``.
+
+        Raises:
+            CorruptError: the refcounts call a cluster free that holds metadata.
+            OSError: a refcount block cannot be read; ENOSPC (as ImageError) at the format's end.
+        """
+        while True:
+            number, index = divmod(self._hint, self.per_block)
+            block = await self._block(number)
+            if block is None:
+                await self._add_block(number)
+                continue
+            index = self._hint - number * self.per_block  # the hint may have moved while we waited
+            if not 0 <= index < self.per_block:
+                continue
+            first = block.used.find(False, index)
+            if first < 0:
+                self._hint = (number + 1) * self.per_block
+                continue
+            stop = min(first + count, self.per_block)
+            end = block.used.find(True, first, stop)
+            end = stop if end < 0 else end
+            start = number * self.per_block + first
+            self._refuse_protected(start, start + end - first)
+            self._claim(number, block, first, end - first)
+            self._hint = start + end - first
+            fresh = start >= self._end
+            self._end = max(self._end, self._hint)
+            return start << self.cluster_bits, end - first, fresh
+
+    async def allocate_exact(self, count: int) -> tuple[int, bool]:
+        """Claim exactly ``count`` adjacent clusters, for a table that is longer: (host offset, fresh)."""
+        passed: list[tuple[int, int]] = []
+        while True:
+            offset, got, fresh = await self.allocate(count)
+            while got < count:
+                more, extra, also = await self.allocate(count - got)
+                if more != offset + (got << self.cluster_bits):
+                    passed.append((offset, got))
+                    offset, got, fresh = more, extra, also
+                    continue
+                got, fresh = got + extra, fresh and also
+            for gap, length in passed:
+                await self.release(gap, length)
+            return offset, fresh
+
+    def _claim(self, number: int, block: _Block, first: int, count: int) -> None:
+        for index in range(first, first + count):
+            block.counts[index] = 1
+        block.used[first : first + count] = True
+        self._touch(number, block, first, count)
+
+    def _refuse_protected(self, first: int, end: int) -> None:
+        hit = any(first < stop and begin < end for begin, stop in self._protected)
+        if hit or any(c in self._block_clusters for c in range(first, end)):
+            raise CorruptError(
+                self.file.path,
+                f"refcounts call the cluster at {first << self.cluster_bits:#x} free, but it holds metadata;"
+                " repair it with: nbdbm check --repair all",
+            )
+
+    async def release(self, offset: int, count: int) -> None:
+        """Give back clusters that were claimed and never linked, or that nothing can reach any more."""
+        start = offset >> self.cluster_bits
+        for cluster in range(start, start + count):
+            number, index = divmod(cluster, self.per_block)
+            block = await self._block(number)
+            assert block is not None, "a claimed cluster has a refcount block"
+            block.counts[index] = 0
+            block.used[index] = False
+            self._touch(number, block, index, 1)
+        self._hint = min(self._hint, start)
+
+    async def decrement(self, clusters: Iterable[int]) -> list[int]:
+        """Lower each cluster's refcount by one; returns those that nobody uses any more.
+
+        Only for clusters whose unlinking is durable. A count that is zero already stays so: a reference
+        too few is for the check to report, not for us to make worse.
+        """
+        freed: list[int] = []
+        for cluster in clusters:
+            number, index = divmod(cluster, self.per_block)
+            block = await self._block(number)
+            if block is None or not block.counts[index]:
+                continue
+            block.counts[index] -= 1
+            self._touch(number, block, index, 1)
+            if not block.counts[index]:
+                block.used[index] = False
+                freed.append(cluster)
+                self._hint = min(self._hint, cluster)
+        return freed
+
+    def reserve(self, first: int, count: int) -> bool:
+        """Keep free clusters from being handed out, without counting them; False if one is in use.
+
+        The caller lets no commit write the counts until ``unreserve``.
+        """
+        for cluster in range(first, first + count):
+            block = self._blocks.get(cluster // self.per_block)
+            if block is None or block.used[cluster % self.per_block]:
+                return False
+        self._mark(first, count, True)
+        return True
+
+    def unreserve(self, first: int, count: int) -> None:
+        """Undo ``reserve``."""
+        self._mark(first, count, False)
+        self._hint = min(self._hint, first)
+
+    def _mark(self, first: int, count: int, used: bool) -> None:
+        for cluster in range(first, first + count):
+            self._blocks[cluster // self.per_block].used[cluster % self.per_block] = used
+
+    # Growing the refcount structure
+
+    async def _add_block(self, number: int) -> None:
+        """Put a refcount block for a region that has none into that region's first cluster."""
+        if number >= len(self.table):
+            async with self._structure:
+                if number >= len(self.table):
+                    await self._grow_table(number)
+            return
+        cluster = number * self.per_block
+        block = _Block(cluster << self.cluster_bits, unpack_counts(bytes(self.cluster_size), self.order))
+        self._refuse_protected(cluster, cluster + 1)
+        self.table[number] = block.offset
+        self._block_clusters.add(cluster)
+        self._new.append(number)
+        self._end = max(self._end, cluster + 1)
+        self._remember(number, block)
+        self._claim(number, block, 0, 1)
+        self._touch(number, block, 0, self.per_block)
+
+    async def _grow_table(self, number: int) -> None:
+        """Move the refcount table to a longer one, which begins the first region it did not cover.
+
+        The region holds its own refcount blocks first, then the table.
+        """
+        entries_per_cluster = self.cluster_size // 8
+        first = number * self.per_block
+        wanted = max(number + 1, len(self.table) + len(self.table) // 2)
+        while True:
+            clusters = -(-wanted // entries_per_cluster)
+            blocks = 1
+            while blocks * self.per_block < blocks + clusters:
+                blocks += 1
+            if number + blocks <= clusters * entries_per_cluster:
+                break
+            wanted = number + blocks
+        if clusters * self.cluster_size > MAX_REFTABLE_SIZE:
+            raise ImageError(
+                self.file.path,
+                f"refcount table would exceed {MAX_REFTABLE_SIZE} bytes: the file cannot grow further with"
+                f" {self.cluster_size} byte clusters",
+                errno=errno.ENOSPC,
+            )
+        self._refuse_protected(first, first + blocks + clusters)
+        table = array("Q", self.table)
+        table.extend([0] * (clusters * entries_per_cluster - len(table)))
+        added: dict[int, _Block] = {}
+        for i in range(blocks):
+            offset = (first + i) << self.cluster_bits
+            block = _Block(offset, unpack_counts(bytes(self.cluster_size), self.order))
+            table[number + i] = offset
+            added[number + i] = block
+        for cluster in range(first, first + blocks + clusters):
+            at, index = divmod(cluster, self.per_block)
+            added[at].counts[index] = 1
+            added[at].used[index] = True
+        raw = array("Q", table)
+        raw.byteswap()
+        for block in added.values():
+            await self.file.pwrite(block.offset, pack_counts(block.counts, self.order))
+        new = list(self._new)
+        for fresh in new:
+            block = self._blocks[fresh]
+            await self.file.pwrite(block.offset, pack_counts(block.counts, self.order))
+        new_offset = (first + blocks) << self.cluster_bits
+        await self.file.pwrite(new_offset, raw.tobytes())
+        await self.file.sync()
+        # Disk: a second refcount structure, complete, which nothing points to.
+        await self.file.pwrite(48, new_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))
+        await self.file.sync()
+        # Disk: the header (one sector) points to the new table; the old one is leaked until freed below.
+        old_first, old_clusters = self.table_offset >> self.cluster_bits, self.table_clusters
+        self.unprotect(self.table_offset)
+        self.table.extend(table[len(self.table) :])  # entries set while we waited stay
+        self.table_offset, self.table_clusters = new_offset, clusters
+        self.protect(new_offset, clusters * self.cluster_size)
+        self._block_clusters.update(block.offset >> self.cluster_bits for block in added.values())
+        self._new = [n for n in self._new if n not in new]
+        self._end = max(self._end, first + blocks + clusters)
+        for at, block in added.items():
+            self._remember(at, block)
+        await self.decrement(range(old_first, old_first + old_clusters))
+
+    # Reaching the file
+
+    @property
+    def dirty(self) -> bool:
+        """Whether RAM knows refcounts that the file does not."""
+        return bool(self._dirty or self._new)
+
+    async def write_new_blocks(self) -> bool:
+        """Write new blocks, sync, then point the refcount table at them; True if there were any.
+
+        The caller's next sync makes the entries durable.
+        """
+        if not self._new:
+            return False
+        async with self._structure:
+            return await self._write_new_blocks()
+
+    async def _write_new_blocks(self) -> bool:
+        new, self._new = self._new, []
+        try:
+            for number in new:
+                block = self._blocks[number]
+                block.dirty = 0  # whole block below; what changes from here on is marked again
+                await self.file.pwrite(block.offset, pack_counts(block.counts, self.order))
+            await self.file.sync()
+            # Disk: the blocks are complete; the table does not know them, so their clusters are leaked.
+            for number in new:
+                await self.file.pwrite(self.table_offset + 8 * number, self.table[number].to_bytes(8, "big"))
+        except BaseException:
+            self._new = new + self._new
+            for number in new:
+                self._touch(number, self._blocks[number], 0, self.per_block)
+            raise
+        return True
+
+    async def write_dirty(self) -> None:
+        """Write every changed page of refcounts; the caller syncs."""
+        for number, block in list(self._dirty.items()):
+            pages, block.dirty = block.dirty, 0
+            try:
+                await self._write_pages(block, pages)
+            except BaseException:
+                block.dirty |= pages
+                raise
+            if not block.dirty:  # nobody changed it while we wrote
+                self._dirty.pop(number, None)
+
+    async def _write_pages(self, block: _Block, pages: int) -> None:
+        index = 0
+        while pages:
+            skip = (pages & -pages).bit_length() - 1
+            pages >>= skip
+            index += skip
+            run = (~pages & (pages + 1)).bit_length() - 1
+            first, last = index * self._per_page, (index + run) * self._per_page
+            data = pack_counts(block.counts[first:last], self.order)
+            await self.file.pwrite(block.offset + index * self._page, data)
+            pages >>= run
+            index += run

@@ -1,0 +1,432 @@
+"""The way down for writes to a qcow2 image: data first, then the mapping, in RAM (see commit.py).
+
+    write  |------------------------------------|
+    disk   | in place |  unallocated  | in place |
+               |              |            |
+            pwrite      lock clusters   pwrite
+                        claim host clusters
+                        pwrite data (with what surrounds it)
+                        link in RAM, unlink the old
+                        unlock
+
+A range that is data in clusters of our own is overwritten where it lies, without a lock: what is under
+way in an old place when a cluster is unlinked still finds that place unused (``Epochs``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from nbdbm.errors import ImageError
+from nbdbm.image.cache import Table
+from nbdbm.image.commit import Metadata
+from nbdbm.image.inflight import ClusterLocks
+from nbdbm.image.read import Reader
+from nbdbm.qcow2.l2edit import L2Editor
+from nbdbm.qcow2.mapping import Kind
+
+T = TypeVar("T")
+
+ZERO_CHUNK = 1024 * 1024
+"""Bytes written at a time where zeroes must be stored as data."""
+
+_ZEROES = bytes(ZERO_CHUNK)
+
+
+class Writer:
+    """Changes the active layer of a qcow2 image. Ranges are judged and marked dirty by the caller.
+
+    Args:
+        reader: reads the whole chain, for what surrounds a write in a new cluster.
+        has_backing: unallocated clusters may show something other than zeroes.
+        raw_data: the external data file must read like the disk by itself (data_file_raw).
+    """
+
+    def __init__(
+        self, metadata: Metadata, reader: Reader, size: int, *, has_backing: bool, raw_data: bool
+    ) -> None:
+        self._metadata = metadata
+        self._clusters = metadata.clusters
+        self._geometry = metadata.clusters.geometry
+        self._editor = L2Editor(self._geometry)
+        self._reader = reader
+        self._size = size
+        self._has_backing = has_backing
+        self._raw_data = raw_data
+        self._locks = ClusterLocks()
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing may be written any more, once a sync has failed."""
+        return self._metadata.broken
+
+    async def flush(self) -> None:
+        """Make everything durable that was finished before this call, see ``Metadata.flush``."""
+        await self._metadata.flush()
+
+    # -- the short way -------------------------------------------------------------------------
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Write at once if all of it can be written in place without waiting; False: nothing was done.
+
+        Raises:
+            OSError: the host refused it; some of it may have been written.
+        """
+        geometry = self._geometry
+        length = len(data)
+        end = offset + length
+        table = self._clusters.cached(offset, length)
+        if table is None:
+            return False
+        host, part = self._editor.in_place(table.words, offset, length)
+        if part < length or not self._inside(host):
+            return False
+        bits = geometry.cluster_bits
+        if self._locks.holder(offset >> bits, ((end - 1) >> bits) + 1) is not None:
+            return False
+        return self._metadata.data.try_pwrite(host, data)
+
+    def _inside(self, host: int) -> bool:
+        """Whether a host offset lies in a cluster of the file; the last of them may be cut short."""
+        return self._geometry.external_data or host & ~self._geometry.cluster_mask < self._metadata.file.size
+
+    # -- write ---------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data``. To its end, even if the caller is cancelled.
+
+        Raises:
+            OSError, CorruptError: it failed; any part of it may have been written, and the image is sound.
+        """
+        await _to_its_end(self._write(offset, data))
+        if self._metadata.pressing:
+            await self._metadata.flush()
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        epoch = self._metadata.epochs.enter()
+        try:
+            at = 0
+            while at < len(data):
+                at += await self._write_some(offset + at, data[at:])
+        finally:
+            self._metadata.epochs.leave(epoch)
+
+    async def _write_some(self, offset: int, data: memoryview) -> int:
+        """Write from the start of ``data`` as much as can be treated alike; return how much."""
+        length = self._within_slice(offset, len(data))
+        table = await self._lookup(offset)
+        if table is not None:
+            host, part = self._editor.in_place(table.words, offset, length)
+            if part and self._inside(host) and self._free(offset, part):
+                await self._metadata.data.pwrite(host, data[:part])
+                return part
+            length = self._until_in_place(table, offset, length)
+        return await self._locked(offset, length, lambda: self._allocate(offset, data[:length]))
+
+    def _within_slice(self, offset: int, length: int) -> int:
+        """The part of the range, from its start, that one L2 slice maps."""
+        end = ((offset >> self._geometry.slice_shift) + 1) << self._geometry.slice_shift
+        return min(length, end - offset)
+
+    def _free(self, offset: int, length: int) -> bool:
+        """Whether nobody is changing the mapping of the range."""
+        bits = self._geometry.cluster_bits
+        return self._locks.holder(offset >> bits, ((offset + length - 1) >> bits) + 1) is None
+
+    def _until_in_place(self, table: Table, offset: int, length: int) -> int:
+        """Bytes from ``offset`` to the first later cluster that can be overwritten where it lies."""
+        size = self._geometry.cluster_size
+        at = size - (offset & self._geometry.cluster_mask)
+        while at < length:
+            if self._editor.in_place(table.words, offset + at, min(size, length - at))[1]:
+                return at
+            at += size
+        return length
+
+    async def _lookup(self, offset: int) -> Table | None:
+        """The slice that maps a guest offset, None if there is no table."""
+        if not self._clusters.table_offset(offset >> self._geometry.l1_shift):
+            return None
+        return await self._clusters.slice(offset >> self._geometry.slice_shift)
+
+    async def _locked(self, offset: int, length: int, work: Callable[[], Awaitable[T]]) -> T:
+        """Run ``work`` with the clusters of the range locked."""
+        bits = self._geometry.cluster_bits
+        lock = await self._locks.acquire(offset >> bits, ((offset + length - 1) >> bits) + 1)
+        try:
+            return await work()
+        finally:
+            self._locks.release(lock)
+
+    async def _allocate(self, offset: int, data: memoryview) -> int:
+        """Write the start of ``data`` to where it cannot be written in place, and map it there.
+
+        The clusters of all of ``data``, which lie in one slice, are locked. Returns how much was written.
+        """
+        geometry = self._geometry
+        size = geometry.cluster_size
+        await self._clusters.map(offset, len(data))  # judges all entries: none that is wrong is built upon
+        table = await self._metadata.table(offset)
+        if self._editor.in_place(table.words, offset, len(data))[1]:
+            return 0  # somebody else has just allocated it: look again
+        within = offset & geometry.cluster_mask
+        owned = self._editor.owned(table.words, offset)
+        if owned is not None and self._inside(owned):
+            part = min(len(data), size - within)
+            await self._fill(offset, data[:part], owned, fresh=False)
+            return part
+        if geometry.external_data:
+            part = min(len(data), size - within)
+            await self._fill(offset, data[:part], offset - within, fresh=False)
+            return part
+        # As many clusters as lie side by side in the file and need the same.
+        count = 1
+        wanted = -(-(within + len(data)) // size)
+        while count < wanted and self._editor.owned(table.words, offset - within + count * size) is None:
+            count += 1
+        host, got, fresh = await self._metadata.allocator.allocate(count)
+        part = min(len(data), got * size - within)
+        try:
+            await self._fill(offset, data[:part], host, fresh=fresh)
+        except BaseException:
+            await self._metadata.allocator.release(host, got)
+            raise
+        return part
+
+    async def _fill(self, offset: int, data: memoryview, host: int, *, fresh: bool) -> None:
+        """Write ``data`` to the adjacent host clusters from ``host`` on and link them there.
+
+        What surrounds the data up to the edges of its (sub)clusters is copied from what the disk shows
+        now. In a fresh place zeroes need not be written.
+        """
+        geometry = self._geometry
+        size = geometry.cluster_size
+        mask = geometry.cluster_mask
+        end = offset + len(data)
+        first, last = offset & ~mask, (end - 1) & ~mask
+        table = await self._metadata.table(offset)
+        # Subclusters that the write does not touch stay as they are, unless the cluster's old place goes.
+        start = self._copy_from(table, first, host, offset)
+        stop = self._copy_to(table, last, host + last - first, end)
+        head = await self._surrounding(start, offset - start)
+        tail = await self._surrounding(end, stop - end)
+        if (fresh and head is None and tail is None) or (start == offset and stop == end):
+            await self._metadata.data.pwrite(host + offset - first, data)
+        else:
+            buffer = bytearray(stop - start)
+            if head is not None:
+                buffer[: offset - start] = head
+            buffer[offset - start : end - start] = data
+            if tail is not None:
+                buffer[end - start :] = tail
+            await self._metadata.data.pwrite(host + start - first, buffer)
+        # The data is in the file (in its cache): from here to the end nothing waits, so the mapping
+        # changes as one.
+        table = await self._metadata.table(offset)
+        for cluster in range(first, last + 1, size):
+            place = host + cluster - first
+            low, high = max(start, cluster), min(stop, cluster + size)
+            unlinked: range | tuple[()] = ()
+            if self._editor.owned(table.words, cluster) != place:
+                unlinked = self._editor.references(table.words, cluster)
+            self._editor.link(table.words, cluster, place, low - cluster, high - low)
+            self._metadata.changed(cluster, table, unlinked)
+
+    def _copy_from(self, table: Table, cluster: int, place: int, offset: int) -> int:
+        """Where copying must begin in the first cluster of a write that begins at ``offset``."""
+        if self._stays(table, cluster, place):
+            return offset & ~(self._geometry.subcluster_size - 1)
+        return cluster
+
+    def _copy_to(self, table: Table, cluster: int, place: int, end: int) -> int:
+        """Where copying must end in the last cluster of a write that ends at ``end``."""
+        if self._stays(table, cluster, place):
+            return -(-end // self._geometry.subcluster_size) * self._geometry.subcluster_size
+        return cluster + self._geometry.cluster_size
+
+    def _stays(self, table: Table, cluster: int, place: int) -> bool:
+        """Whether the subclusters beside the write need no copy: they are in ``place``, or nowhere."""
+        if not self._geometry.extended_l2:
+            return False
+        if self._editor.owned(table.words, cluster) == place:
+            return True
+        return self._editor.keeps_subclusters(table.words, cluster)
+
+    async def _surrounding(self, offset: int, length: int) -> bytearray | None:
+        """What the disk shows in a range of less than a cluster, None if that is zeroes. Past the end of
+        the disk are zeroes."""
+        inside = min(length, self._size - offset)
+        if inside <= 0:
+            return None
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        parts = await self._reader.read_sparse(view[:inside], offset)
+        if not any(is_data for _, is_data in parts):
+            return None
+        at = 0
+        for part, is_data in parts:
+            if not is_data:
+                view[at : at + part] = bytes(part)
+            at += part
+        return buffer
+
+    # -- zeroes and trim -----------------------------------------------------------------------
+
+    async def write_zeroes(self, offset: int, length: int, *, punch: bool, fast: bool) -> None:
+        """Make the range read as zeroes; with ``punch`` its host clusters may be given back.
+
+        Raises:
+            ImageError: ENOTSUP, ``fast`` was asked for and zeroes would have to be written; nothing was done.
+            OSError, CorruptError: it failed; any part of it may have been done.
+        """
+        if fast and self._geometry.version < 3 and (self._has_backing or not punch):
+            raise ImageError(
+                self._metadata.file.path, "zeroes are not faster than data here", errno=errno.ENOTSUP
+            )
+        await _to_its_end(self._each_part(offset, length, lambda at, part: self._zero_part(at, part, punch)))
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Forget the content of the whole clusters in the range, and give their space back.
+
+        They read as zeroes afterwards (version 2 with a backing file: as before, nothing is done).
+        """
+        size = self._geometry.cluster_size
+        first = -(-offset // size) * size
+        end = offset + length
+        if end < self._size:
+            end = end // size * size
+        if end <= first or (self._geometry.version < 3 and self._has_backing):
+            return
+        await _to_its_end(
+            self._each_part(first, end - first, lambda at, part: self._zero_part(at, part, True))
+        )
+
+    async def _each_part(self, offset: int, length: int, work: Callable[[int, int], Awaitable[None]]) -> None:
+        """Do ``work`` for the part of the range in each L2 slice; nothing where zeroes show without one."""
+        end = offset + length
+        while offset < end:
+            part = self._within_slice(offset, end - offset)
+            epoch = self._metadata.epochs.enter()
+            try:
+                if not self._raw_data and not self._has_backing:
+                    gap = self._clusters.absent(offset, end - offset)
+                    if gap:
+                        offset += gap
+                        continue
+                await work(offset, part)
+            finally:
+                self._metadata.epochs.leave(epoch)
+            offset += part
+            if self._metadata.pressing:
+                await self._metadata.flush()
+
+    async def _zero_part(self, offset: int, length: int, punch: bool) -> None:
+        """``write_zeroes`` for a range inside one slice: whole units by mapping, its ends as data."""
+        unit = self._geometry.subcluster_size
+        end = offset + length
+        first = -(-offset // unit) * unit
+        # The disk's last cluster counts as whole when the range reaches the disk's end.
+        last = -(-end // unit) * unit if end == self._size else end // unit * unit
+        if self._geometry.version < 3 and (self._has_backing or not punch):
+            first = last = end  # no zero flag: as data
+        if first >= last:
+            await self._zero_data(offset, length)
+            return
+        if offset < first:
+            await self._zero_data(offset, first - offset)
+        await self._locked(first, last - first, lambda: self._zero_units(first, last, punch))
+        if last < end:
+            await self._zero_data(last, end - last)
+
+    async def _zero_data(self, offset: int, length: int) -> None:
+        """Store zeroes where the disk does not read as zeroes already."""
+        for kind, part, _ in await self._clusters.map(offset, length):
+            zero = kind in (Kind.ZERO, Kind.ZERO_ALLOCATED)
+            zero = zero or (kind is Kind.UNALLOCATED and not self._has_backing)
+            if not zero or self._raw_data:
+                at = 0
+                while at < part:
+                    chunk = memoryview(_ZEROES)[: min(ZERO_CHUNK, part - at)]
+                    at += await self._write_some(offset + at, chunk)
+            offset += part
+
+    async def _zero_units(self, first: int, last: int, punch: bool) -> None:
+        """Make whole subclusters [first, last) of one slice, whose clusters are locked, read as zeroes."""
+        geometry = self._geometry
+        size = geometry.cluster_size
+        await self._clusters.map(first, min(last, self._size) - first)  # judges the entries
+        if geometry.external_data:
+            # Covered by the request, so it may be gone at once. The mapping follows.
+            stop = min(last, self._size)
+            if self._raw_data or punch:
+                await self._metadata.data.zero(first, stop - first, punch=punch)
+        for cluster in range(first & ~geometry.cluster_mask, last, size):
+            low, high = max(first, cluster), min(last, cluster + size)
+            table = await self._metadata.table(cluster)
+            if high - low == size:
+                await self._zero_cluster(table, cluster, punch)
+                continue
+            if self._compressed(table, cluster):
+                # Written anew as a whole, with zeroes in one subcluster; the others follow below.
+                await self._allocate(low, memoryview(_ZEROES)[: geometry.subcluster_size])
+                table = await self._metadata.table(cluster)
+            self._editor.zero_subclusters(table.words, cluster, low - cluster, high - low)
+            self._metadata.changed(cluster, table)
+
+    def _compressed(self, table: Table, cluster: int) -> bool:
+        (mapping, *_) = self._clusters.runs_in(table, cluster, 1)
+        return mapping.kind is Kind.COMPRESSED
+
+    async def _zero_cluster(self, table: Table, cluster: int, punch: bool) -> None:
+        """Make one whole locked cluster read as zeroes."""
+        geometry = self._geometry
+        kinds = {mapping.kind for mapping in self._clusters.runs_in(table, cluster, geometry.cluster_size)}
+        if kinds == {Kind.ZERO} or (kinds == {Kind.UNALLOCATED} and not self._has_backing):
+            return
+        if kinds == {Kind.ZERO_ALLOCATED} and not punch:
+            return
+        keep: int | None = None
+        if not punch and kinds - {Kind.UNALLOCATED, Kind.ZERO}:
+            keep = self._editor.owned(table.words, cluster)
+            if keep is None:
+                # Shared or compressed: what is kept allocated is a cluster of its own.
+                keep = await self._set_aside()
+                table = await self._metadata.table(cluster)
+        unlinked: range | tuple[()] = ()
+        if keep is None or self._editor.owned(table.words, cluster) != keep:
+            unlinked = self._editor.references(table.words, cluster)
+        if geometry.version < 3:
+            self._editor.unallocate(table.words, cluster)
+        else:
+            self._editor.zero(table.words, cluster, keep)
+        self._metadata.changed(cluster, table, unlinked)
+
+    async def _set_aside(self) -> int:
+        """A host cluster that holds zeroes and whose space the host has set aside: its offset."""
+        host, _, _ = await self._metadata.allocator.allocate(1)
+        try:
+            await self._metadata.file.zero(host, self._geometry.cluster_size, punch=False)
+        except BaseException:
+            await self._metadata.allocator.release(host, 1)
+            raise
+        return host
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Await ``work``, which changes the mapping; a cancelled caller leaves, the work goes on to its end."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # The caller's buffers belong to it again when it leaves: stay until they are no longer used.
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError:
+                continue
+        if not task.cancelled():
+            task.exception()
+        raise
