@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
         "nbd.metacontext",
     },
     "server": {"errors", "extents", "metrics", "nbd", "exports", "config", "uri"},
-    "client": {"errors", "extents", "nbd", "uri"},
+    "client": {"errors", "extents", "nbd", "uri", "clientlink"},
+    "clientlink": {"errors", "nbd", "uri"},
     "control": {"errors", "server", "exports", "metrics"},
     "cli": {
         "errors",
