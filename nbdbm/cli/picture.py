@@ -78,11 +78,11 @@ def palette(context: str) -> Palette:
 def human(count: int) -> str:
     """``count`` bytes for people: three digits at most, binary units, exact where it can be."""
     value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if value < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1024
-    return f"{value:.3g} PiB"
+    return f"{value:.3g} EiB"
 
 
 class Picture:
