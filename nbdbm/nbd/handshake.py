@@ -192,7 +192,8 @@ class Handshake:
 
     def client_flags(self, flags: int) -> None:
         """Judge the client's flags ("Client flags"): unknown ones end the connection."""
-        if flags & ~(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
+        # Plain numbers: the complement of an IntFlag has, in some versions of Python, only known bits.
+        if flags & ~int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
             raise ProtocolViolation(f"unknown client flags {flags:#x}")
         self._fixed = bool(flags & ClientFlag.FIXED_NEWSTYLE)
         self._zeroes = not flags & ClientFlag.NO_ZEROES
