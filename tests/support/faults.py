@@ -1,4 +1,4 @@
-"""FaultFile: a BlockFile whose n-th operation fails, as a full or dying disk makes it fail."""
+"""FaultFile: a HostFile whose n-th operation fails, as a full or dying disk makes it fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from nbdbm.image.blockfile import BlockFile
+from nbdbm.image.blockfile import HostFile
 from tests.support.powercut import SECTOR
 
 CHANGING = frozenset({"pwrite", "zero", "discard", "truncate", "sync"})
@@ -63,7 +63,7 @@ class FaultPlan:
 class FaultFile:
     """``inner``, with failures by ``plan``. A failed sync did not sync; a failed read read nothing."""
 
-    def __init__(self, inner: BlockFile, plan: FaultPlan) -> None:
+    def __init__(self, inner: HostFile, plan: FaultPlan) -> None:
         self.inner = inner
         self.plan = plan
         self.path = inner.path
@@ -72,6 +72,16 @@ class FaultFile:
     @property
     def size(self) -> int:
         return self.inner.size
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return self.inner.identity
+
+    def real_path(self) -> str:
+        return self.inner.real_path()
+
+    def lock(self, *, writable: bool, force_share: bool) -> str | None:
+        return self.inner.lock(writable=writable, force_share=force_share)
 
     async def pread(self, offset: int, length: int) -> bytes:
         if self.plan.hits("pread"):
@@ -107,12 +117,16 @@ class FaultFile:
             raise self.plan.failure(self.path, "pwrite", offset, len(data))
         await self.inner.pwrite(offset, data)
 
-    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
+    def try_pwrite(self, offset: int, data: memoryview) -> bool:
+        # A write that may fail goes the long way, where its sectors are torn.
+        return "pwrite" not in self.plan.kinds and self.inner.try_pwrite(offset, data)
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
         if self.plan.hits("zero"):
             for low, high in self._survivors(offset, length):
                 await self.inner.zero(low, high - low, punch=punch)
             raise self.plan.failure(self.path, "zero", offset, length)
-        await self.inner.zero(offset, length, punch=punch)
+        await self.inner.zero(offset, length, punch=punch, fallback=fallback)
 
     async def discard(self, offset: int, length: int) -> None:
         if self.plan.hits("discard"):

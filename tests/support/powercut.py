@@ -67,8 +67,24 @@ class Op:
         return f"{self.kind} file {self.file} @{self.offset:#x}+{self.length:#x} [{self.begun}, {self.ended}]"
 
 
-class CrashFile:
-    """A BlockFile: a shared base and the sectors that differ from it. Writing changes only this one."""
+class _Unlocked:
+    """What a HostFile has beyond a BlockFile, for files that nobody else can see."""
+
+    path: str
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return (0, id(self))
+
+    def real_path(self) -> str:
+        return os.path.realpath(self.path)
+
+    def lock(self, *, writable: bool, force_share: bool) -> str | None:
+        return None
+
+
+class CrashFile(_Unlocked):
+    """A HostFile: a shared base and the sectors that differ from it. Writing changes only this one."""
 
     def __init__(self, base: Base, path: str) -> None:
         self.base = base
@@ -161,14 +177,17 @@ class CrashFile:
         await self._turn()
         self.put(offset, memoryview(data))
 
-    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
+    def try_pwrite(self, offset: int, data: memoryview) -> bool:
+        self.put(offset, data)
+        return True
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
         await self._turn()
         self.put(offset, bytes(length))
 
     async def discard(self, offset: int, length: int) -> None:
         await self._turn()
-        length = min(length, max(0, self.size - offset))
-        self.put(offset, (GARBAGE * (length // SECTOR + 1))[:length])
+        self.put(offset, self.base.discarded(offset, min(offset + length, self.size)))
 
     async def truncate(self, size: int) -> None:
         await self._turn()
@@ -187,9 +206,14 @@ class CrashFile:
 class Base:
     """What is certain of one file by now. ``changes`` logs the ranges in which it was ever changed."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, garbage: bool) -> None:
         self.data = bytearray(data)
         self.changes: list[tuple[int, int]] = []
+        self.garbage = garbage
+
+    def discarded(self, offset: int, end: int) -> bytes:
+        """The worst that a discarded range may read as."""
+        return _garbage(offset, end) if self.garbage else bytes(max(0, end - offset))
 
     def apply(self, op: Op) -> None:
         """Let ``op`` take place in full."""
@@ -206,7 +230,7 @@ class Base:
             data = bytes(op.length)
         elif op.kind == "discard":
             end = max(op.offset, min(end, len(self.data)))
-            data = (GARBAGE * (op.length // SECTOR + 2))[op.offset % SECTOR :][: end - op.offset]
+            data = self.discarded(op.offset, end)
         self.data.extend(bytes(max(0, end - len(self.data))))
         self.data[op.offset : end] = data
         self.changes.append((op.offset, op.length))
@@ -236,10 +260,16 @@ class CrashState:
 
 
 class Timeline:
-    """The clock and the record of one run, over all its files."""
+    """The clock and the record of one run, over all its files.
 
-    def __init__(self) -> None:
+    Args:
+        garbage: discarded ranges may read as anything, as on a block device; else as old or zeroes, as
+            of a file with a hole punched into it.
+    """
+
+    def __init__(self, *, garbage: bool = True) -> None:
         self.now = 0
+        self.garbage = garbage
         self.ops: list[Op] = []
         self.marks: set[int] = set()
         self.acks: set[int] = set()
@@ -322,7 +352,7 @@ class Timeline:
 
     def _walk(self, points: Iterable[int], durable: list[int]) -> Iterator[tuple[int, list[Base], list[Op]]]:
         """By ascending point: the bases as of then, and what is pending, in order of taking effect."""
-        bases = [Base(data) for data in self.initial]
+        bases = [Base(data, garbage=self.garbage) for data in self.initial]
         waiting = [(op, when) for op, when in zip(self.ops, durable, strict=True) if op.kind != "sync"]
         for point in points:
             settled = [op for op, when in waiting if when <= point]
@@ -448,8 +478,12 @@ def _apply(file: CrashFile, op: Op, part: tuple[int, ...], rng: random_module.Ra
             high = min(high, file.size)
             content = bytes(high - low)
             if rng is None or rng.random() < 0.5:
-                content = (GARBAGE * ((high - low) // SECTOR + 2))[low % SECTOR :][: high - low]
+                content = file.base.discarded(low, high)
             file.put(low, content)
+
+
+def _garbage(offset: int, end: int) -> bytes:
+    return (GARBAGE * (max(0, end - offset) // SECTOR + 2))[offset % SECTOR :][: max(0, end - offset)]
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -474,13 +508,14 @@ def _spans(numbers: Sequence[int]) -> str:
     return ",".join(f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in _runs(numbers))
 
 
-class PowerCutFile:
-    """A BlockFile in memory that records on ``timeline`` whatever could be lost.
+class PowerCutFile(_Unlocked):
+    """A HostFile in memory that records on ``timeline`` whatever could be lost.
 
     Args:
         data: what the file holds, durably, when the record begins.
         rng: how many turns of the event loop each operation takes, before and after its effect; one
-            each without it. Concurrent requests interleave differently with every seed.
+            each without it. Concurrent requests interleave differently with every seed. It also decides
+        whether ``try_pwrite`` writes at once.
     """
 
     def __init__(
@@ -510,23 +545,35 @@ class PowerCutFile:
         for _ in range(self._rng.randrange(4) if self._rng else 1):
             await asyncio.sleep(0)
 
-    async def _do(self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
+    def _begin(self, kind: Kind, offset: int, length: int, data: bytes) -> Op:
+        assert not self.closed
         if not self.writable and kind != "sync":
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         op = Op(self.number, kind, offset, length, data, self.timeline.tick())
         self.timeline.ops.append(op)
-        await self._turns()
-        if kind == "truncate":
-            del self.data[offset:]
-            self.data.extend(bytes(offset - len(self.data)))
-        elif kind != "sync":
-            end = offset + length
-            if kind == "discard":
-                end = max(offset, min(end, len(self.data)))
-                data = (GARBAGE * (length // SECTOR + 2))[offset % SECTOR :][: end - offset]
+        return op
+
+    def _end(self, op: Op) -> None:
+        """The effect, as far as whoever reads the file now is concerned."""
+        if op.kind == "truncate":
+            del self.data[op.offset :]
+            self.data.extend(bytes(op.offset - len(self.data)))
+        elif op.kind != "sync":
+            end = op.offset + op.length
+            data = op.data
+            if op.kind == "zero":
+                data = bytes(op.length)
+            elif op.kind == "discard":
+                end = max(op.offset, min(end, len(self.data)))
+                data = _garbage(op.offset, end) if self.timeline.garbage else bytes(end - op.offset)
             self.data.extend(bytes(max(0, end - len(self.data))))
-            self.data[offset:end] = bytes(length) if kind == "zero" else data
+            self.data[op.offset : end] = data
         op.ended = self.timeline.tick()
+
+    async def _do(self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
+        op = self._begin(kind, offset, length, data)
+        await self._turns()
+        self._end(op)
         await self._turns()
 
     async def pread(self, offset: int, length: int) -> bytes:
@@ -546,7 +593,13 @@ class PowerCutFile:
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         await self._do("write", offset, len(data), bytes(data))
 
-    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
+    def try_pwrite(self, offset: int, data: memoryview) -> bool:
+        if self._rng is not None and self._rng.random() < 0.5:
+            return False
+        self._end(self._begin("write", offset, len(data), bytes(data)))
+        return True
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
         await self._do("zero", offset, length)
 
     async def discard(self, offset: int, length: int) -> None:

@@ -156,6 +156,21 @@ def test_zeroes_and_discards() -> None:
     assert images(timeline, random=300, seed=2) == {a + b for a in (A, zero) for b in (B, zero, GARBAGE)}
 
 
+def test_a_punched_hole_is_the_old_or_zeroes() -> None:
+    timeline = Timeline(garbage=False)
+    file = PowerCutFile(timeline, A)
+    asyncio.run(file.discard(0, SECTOR))
+    assert file.data == bytes(SECTOR)
+    assert images(timeline) == images(timeline, random=100, seed=1) == {A, bytes(SECTOR)}
+
+
+def test_a_write_that_does_not_wait_is_recorded() -> None:
+    timeline = Timeline()
+    file = PowerCutFile(timeline, A)
+    assert file.try_pwrite(0, memoryview(B)) and file.data == B
+    assert images(timeline) == {A, B}
+
+
 def test_a_crash_state_can_be_written_to_without_harm_to_the_next() -> None:
     async def run(file: PowerCutFile) -> None:
         await file.pwrite(0, A)
