@@ -7,6 +7,7 @@ classifies a whole table at C speed and gives one letter per entry, for block st
 
 from __future__ import annotations
 
+import functools
 import sys
 from array import array
 from collections.abc import Callable
@@ -98,7 +99,6 @@ class L2Decoder:
         self._cluster_size = geometry.cluster_size
         self._cluster_mask = geometry.cluster_mask
         self._index_mask = geometry.slice_entries - 1
-        self._classifier: tuple[list[bytes], bytes] | None = None
         self.runs: Callable[[array[int], int, int], list[Mapping]] = (
             self._extended_runs if geometry.extended_l2 else self._standard_runs
         )
@@ -286,9 +286,8 @@ class L2Decoder:
         count = len(raw) // stride
         if raw == bytes(len(raw)):
             return EntryKind.UNALLOCATED * count
-        if self._classifier is None:
-            self._classifier = self._build_classifier()
-        tables, letters = self._classifier
+        geometry = self.geometry
+        tables, letters = _classifier(self._wrong, geometry.extended_l2, geometry.external_data)
         facts = 0
         uniform = 0
         for at, table in enumerate(tables):
@@ -304,61 +303,8 @@ class L2Decoder:
             facts |= int.from_bytes(bytes((uniform,)) * count, "little")
         return facts.to_bytes(count, "little").translate(letters)
 
-    def _build_classifier(self) -> tuple[list[bytes], bytes]:
-        """Translation tables: one per byte of an entry in memory order, and one from facts to letters."""
-        wrong = self._wrong
 
-        def descriptor_facts(value: int) -> int:
-            """``value``: the entry with all but one byte zero."""
-            facts = 0
-            if value & OFFSET_MASK:
-                facts |= HAS_OFFSET
-            if value & wrong:
-                facts |= WRONG
-            if value & COMPRESSED:
-                facts |= IS_COMPRESSED
-            if value & COPIED:
-                facts |= IS_COPIED
-            if value & ZERO and not wrong & ZERO:
-                facts |= ZERO_SOME
-            return facts
-
-        def bitmap_facts(position: int, value: int) -> int:
-            some, not_all = (DATA_SOME, DATA_NOT_ALL) if position < 4 else (ZERO_SOME, ZERO_NOT_ALL)
-            return (some if value else 0) | (not_all if value != 0xFF else 0)
-
-        # Position 0 is the least significant byte.
-        tables = [bytes(descriptor_facts(v << 8 * p) for v in range(256)) for p in range(8)]
-        bitmaps = [bytes(bitmap_facts(p, v) for v in range(256)) for p in range(8)]
-        if sys.byteorder == "big":
-            tables.reverse()
-            bitmaps.reverse()
-        if self.geometry.extended_l2:
-            tables += bitmaps
-        return tables, b"".join(self._letter(facts) for facts in range(256))
-
-    def _letter(self, facts: int) -> bytes:
-        external = self.geometry.external_data
-        if facts & IS_COMPRESSED:
-            return EntryKind.INVALID if external else EntryKind.COMPRESSED
-        if facts & WRONG:
-            return EntryKind.INVALID
-        present = facts & HAS_OFFSET or (external and facts & IS_COPIED)
-        if not self.geometry.extended_l2:
-            if facts & ZERO_SOME:
-                return EntryKind.ZERO_ALLOCATED if facts & HAS_OFFSET else EntryKind.ZERO
-            return EntryKind.DATA if present else EntryKind.UNALLOCATED
-        if facts & DATA_SOME and not present:
-            return EntryKind.INVALID
-        if not facts & DATA_NOT_ALL:
-            return EntryKind.INVALID if facts & ZERO_SOME else EntryKind.DATA
-        if not facts & ZERO_NOT_ALL:
-            if facts & DATA_SOME:
-                return EntryKind.INVALID
-            return EntryKind.ZERO_ALLOCATED if present else EntryKind.ZERO
-        return EntryKind.MIXED if facts & (DATA_SOME | ZERO_SOME) else EntryKind.UNALLOCATED
-
-
+# Facts about an entry, one bit each.
 HAS_OFFSET = 1
 WRONG = 2
 IS_COMPRESSED = 4
@@ -367,6 +313,67 @@ ZERO_SOME = 16
 ZERO_NOT_ALL = 32
 DATA_SOME = 64
 DATA_NOT_ALL = 128
+
+
+@functools.cache
+def _classifier(wrong: int, extended: bool, external: bool) -> tuple[list[bytes], bytes]:
+    """Translation tables: one per byte of an entry in memory order, and one from facts to letters."""
+
+    def descriptor_facts(value: int) -> int:
+        """``value``: the entry with all but one byte zero."""
+        facts = 0
+        if value & OFFSET_MASK:
+            facts |= HAS_OFFSET
+        if value & wrong:
+            facts |= WRONG
+        if value & COMPRESSED:
+            facts |= IS_COMPRESSED
+        if value & COPIED:
+            facts |= IS_COPIED
+        if value & ZERO and not wrong & ZERO:
+            facts |= ZERO_SOME
+        return facts
+
+    def bitmap_facts(position: int, value: int) -> int:
+        some, not_all = (DATA_SOME, DATA_NOT_ALL) if position < 4 else (ZERO_SOME, ZERO_NOT_ALL)
+        return (some if value else 0) | (not_all if value != 0xFF else 0)
+
+    # Position 0 is the least significant byte.
+    tables = [bytes(descriptor_facts(v << 8 * p) for v in range(256)) for p in range(8)]
+    bitmaps = [bytes(bitmap_facts(p, v) for v in range(256)) for p in range(8)]
+    if sys.byteorder == "big":
+        tables.reverse()
+        bitmaps.reverse()
+    if extended:
+        tables += bitmaps
+    letter = _extended_letter if extended else _standard_letter
+    letters = b"".join(
+        (EntryKind.INVALID if external else EntryKind.COMPRESSED)
+        if facts & IS_COMPRESSED
+        else EntryKind.INVALID
+        if facts & WRONG
+        else letter(facts, bool(facts & HAS_OFFSET or (external and facts & IS_COPIED)))
+        for facts in range(256)
+    )
+    return tables, letters
+
+
+def _standard_letter(facts: int, present: bool) -> bytes:
+    if facts & ZERO_SOME:
+        return EntryKind.ZERO_ALLOCATED if facts & HAS_OFFSET else EntryKind.ZERO
+    return EntryKind.DATA if present else EntryKind.UNALLOCATED
+
+
+def _extended_letter(facts: int, present: bool) -> bytes:
+    if facts & DATA_SOME and not present:
+        return EntryKind.INVALID
+    if not facts & DATA_NOT_ALL:
+        return EntryKind.INVALID if facts & ZERO_SOME else EntryKind.DATA
+    if not facts & ZERO_NOT_ALL:
+        if facts & DATA_SOME:
+            return EntryKind.INVALID
+        return EntryKind.ZERO_ALLOCATED if present else EntryKind.ZERO
+    return EntryKind.MIXED if facts & (DATA_SOME | ZERO_SOME) else EntryKind.UNALLOCATED
 
 
 def count_used(block: bytes, order: int) -> int:

@@ -1,0 +1,298 @@
+import asyncio
+import errno
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nbdbm.errors import ImageError
+from nbdbm.image import blockfile
+from nbdbm.image.blockfile import BlockFile, ThreadedFile, fill_zeroes, in_thread
+
+CONTENT = bytes(range(256)) * 64  # 16 KiB
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    return path
+
+
+async def read(file: BlockFile, offset: int, length: int) -> bytes:
+    view = memoryview(bytearray(b"\xaa" * length))
+    await file.pread_into(view, offset)
+    assert await file.pread(offset, length) == bytes(view)
+    return bytes(view)
+
+
+# -- opening
+
+
+def test_refuses_by_kind(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name, kind in [
+            (tmp_path, "a directory"),
+            (tmp_path / "fifo", "a FIFO"),
+            (tmp_path / "socket", "a socket"),
+            (Path("/dev/zero"), "a character device"),
+        ]:
+            with pytest.raises(ImageError, match=kind) as caught:
+                ThreadedFile.open(str(name))
+            assert caught.value.path == str(name)
+
+
+def test_refuses_what_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="No such file") as caught:
+        ThreadedFile.open(str(tmp_path / "missing"))
+    assert caught.value.errno == errno.ENOENT
+    with pytest.raises(ImageError, match="null"):
+        ThreadedFile.open("a\0b")
+
+
+def test_identity_and_real_path(path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(path)
+    one, two = ThreadedFile.open(str(path)), ThreadedFile.open(str(link))
+    assert one.identity == two.identity
+    assert two.real_path() == str(path.resolve())
+    assert two.path == str(link)
+    for file in (one, two, two):
+        file.close()
+
+
+def test_nothing_is_inherited(path: Path) -> None:
+    file = ThreadedFile.open(str(path))
+    assert not os.get_inheritable(file.fd)
+    file.close()
+
+
+# -- reading
+
+
+@pytest.mark.parametrize("nowait", [True, False])
+@pytest.mark.parametrize(
+    "offset, length",
+    [(0, 1), (0, 16384), (5, 999), (16383, 1), (16384, 10), (16380, 100), (1 << 40, 9), (0, 3 << 20)],
+)
+def test_reads_with_zeroes_behind_the_end(path: Path, nowait: bool, offset: int, length: int) -> None:
+    file = ThreadedFile.open(str(path))
+    file._nowait = nowait
+    expected = CONTENT[offset : offset + length].ljust(length, b"\0")
+    assert asyncio.run(read(file, offset, length)) == expected
+    view = memoryview(bytearray(b"\xaa" * length))
+    assert file.try_pread_into(view, offset) is nowait
+    if nowait:
+        assert bytes(view) == expected
+    file.close()
+
+
+def test_file_system_without_nowait(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried once, and the answer remembered."""
+    calls = []
+    preadv = os.preadv
+
+    def answer(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        calls.append(flags)
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "no")
+        return preadv(fd, buffers, offset)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", answer)
+    file = ThreadedFile.open(str(path))
+    assert asyncio.run(read(file, 100, 50)) == CONTENT[100:150]
+    assert calls == [os.RWF_NOWAIT, 0, 0]
+    assert not file.try_pread_into(memoryview(bytearray(9)), 0)
+    file.close()
+
+
+def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def few(fd: int, buffers: tuple[memoryview], offset: int, flags: int = 0) -> int:
+        if flags and offset:
+            raise BlockingIOError(errno.EAGAIN, "not cached")
+        return preadv(fd, (buffers[0][:1000],), offset)
+
+    monkeypatch.setattr(os, "preadv", few)
+    file = ThreadedFile.open(str(path))
+    assert not file.try_pread_into(memoryview(bytearray(5000)), 0)
+    assert asyncio.run(read(file, 0, 5000)) == CONTENT[:5000]
+    assert asyncio.run(read(file, 7, 20000)) == CONTENT[7:].ljust(20000, b"\0")
+    file.close()
+
+
+def test_errors_keep_their_number(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    file = ThreadedFile.open(str(path))
+    with pytest.raises(OSError) as caught:
+        asyncio.run(file.pread(0, 10))
+    assert caught.value.errno == errno.EIO
+    file.close()
+
+
+def test_reading_changes_nothing(path: Path) -> None:
+    os.utime(path, ns=(10**18, 10**18))
+    before = path.stat()
+    file = ThreadedFile.open(str(path))
+    asyncio.run(read(file, 0, 9000))
+    file.close()
+    after = path.stat()
+    assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+    assert path.read_bytes() == CONTENT
+
+
+def test_fill_zeroes() -> None:
+    for length in (0, 1, 1 << 20, (2 << 20) + 5):
+        buffer = bytearray(b"\xff" * length)
+        fill_zeroes(memoryview(buffer))
+        assert buffer == bytes(length)
+
+
+# -- holes
+
+
+def test_data_runs(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("wb") as out:
+        out.truncate(1 << 20)
+        out.seek(128 << 10)
+        out.write(b"x" * (64 << 10))
+        out.flush()
+        os.fsync(out.fileno())
+    if path.stat().st_blocks * 512 >= 1 << 20:
+        pytest.skip("the file system keeps no holes")
+    file = ThreadedFile.open(str(path))
+
+    def runs(offset: int, length: int, limit: int = 10) -> list[tuple[bool, int]]:
+        return asyncio.run(file.data_runs(offset, length, limit))
+
+    k = 1 << 10
+    assert runs(0, 1 << 20) == [(False, 128 * k), (True, 64 * k), (False, (1024 - 192) * k)]
+    assert runs(130 * k, 10) == [(True, 10)]
+    assert runs(0, 10) == [(False, 10)]
+    assert runs(130 * k, 1 << 20) == [(True, 62 * k), (False, (1024 - 62) * k)]
+    assert runs(0, 1 << 20, 2) == [(False, 128 * k), (True, 64 * k)]
+    assert runs(2 << 20, 5) == [(False, 5)]
+    file.close()
+
+
+def test_data_runs_where_the_host_cannot_tell(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ThreadedFile.open(str(path))
+
+    def fail(*args: object) -> int:
+        raise OSError(errno.EINVAL, "no such thing")
+
+    monkeypatch.setattr(os, "lseek", fail)
+    assert asyncio.run(file.data_runs(0, 100, 9)) == [(True, 100)]
+    assert asyncio.run(file.data_runs(16000, 1000, 9)) == [(True, 384), (False, 616)]
+    file.close()
+
+
+# -- writing
+
+
+def test_write_zero_discard_truncate(path: Path) -> None:
+    file = ThreadedFile.open(str(path), writable=True)
+
+    async def run() -> None:
+        await file.pwrite(100, b"abc")
+        await file.pwrite(20000, memoryview(b"end"))
+        assert file.size == 20003
+        await file.zero(0, 50, punch=False)
+        await file.zero(4096, 4096, punch=True)
+        await file.zero(20003, 997, punch=True)
+        assert file.size == 21000
+        await file.discard(8192, 4096)
+        await file.sync()
+        await file.truncate(20002)
+        assert file.size == 20002
+
+    asyncio.run(run())
+    expected = bytearray(CONTENT.ljust(20000, b"\0") + b"en")
+    expected[100:103] = b"abc"
+    expected[0:50] = bytes(50)
+    expected[4096:8192] = bytes(4096)
+    found = path.read_bytes()
+    assert found[:8192] == expected[:8192]
+    assert found[12288:] == expected[12288:]
+    file.close()
+
+
+def test_zero_without_fallocate(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockfile, "_fallocate", lambda *args: False)
+    file = ThreadedFile.open(str(path), writable=True)
+    asyncio.run(file.zero(10, 3 << 20, punch=True))
+    assert path.read_bytes() == CONTENT[:10] + bytes(3 << 20)
+    assert file.size == 10 + (3 << 20)
+    file.close()
+
+
+def test_writing_needs_a_writable_file(path: Path) -> None:
+    file = ThreadedFile.open(str(path))
+    with pytest.raises(OSError):
+        asyncio.run(file.pwrite(0, b"x"))
+    with pytest.raises(OSError):
+        asyncio.run(file.zero(0, 10, punch=True))
+    assert path.read_bytes() == CONTENT
+    file.close()
+
+
+# -- threads
+
+
+def test_cancellation_waits_for_the_thread() -> None:
+    """The thread may be writing into the caller's buffer."""
+    started, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        time.sleep(0.1)
+        ended.set()
+
+    async def run() -> None:
+        task = asyncio.ensure_future(in_thread(work))
+        await asyncio.to_thread(started.wait)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    asyncio.run(run())
+
+
+def test_cancellation_before_the_thread_begins() -> None:
+    release = threading.Event()
+    done: list[int] = []
+
+    async def run() -> None:
+        busy = [asyncio.ensure_future(in_thread(release.wait)) for _ in range(blockfile.IO_THREADS)]
+        late = asyncio.ensure_future(in_thread(done.append, 1))
+        await asyncio.sleep(0.01)
+        late.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        release.set()
+        await asyncio.gather(*busy)
+
+    asyncio.run(run())
+    assert not done
+
+
+def test_errors_come_out_of_the_thread() -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError) as caught:
+        asyncio.run(in_thread(fail))
+    assert caught.value.errno == errno.ENOSPC
