@@ -106,6 +106,8 @@ class BitmapStore:
         except FormatError as error:
             store.notices.append(f"no bitmap can be used: {error}")
         except OSError as error:
+            if writable:
+                raise  # written past, they would be lost for good; a second try may find them
             log.warning("%s: reading the bitmap directory: %s", file.path, error)
             store.notices.append(f"no bitmap can be used: reading the bitmap directory failed: {error}")
         return store
@@ -161,6 +163,11 @@ class BitmapStore:
             self._entries[tracked] = entry
             offset += entry.packed_size
         self.tracker.attach(*(stored.tracked for stored in self.stored))
+
+    def replace(self, stored: list[StoredBitmap]) -> None:
+        """Take note of what the directory on disk says now."""
+        self.stored = stored
+        self._entries = {s.tracked: s.entry for s in stored}
 
     async def _read_table(self, entry: DirectoryEntry) -> tuple[tuple[int, ...], str | None]:
         """The bitmap table, and why it cannot be used if so. The entry itself was judged before."""

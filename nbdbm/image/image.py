@@ -12,6 +12,7 @@ from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapTracker
 from nbdbm.errors import BitmapError, ImageError
 from nbdbm.image.backing import ChainOpener, Confinement, FileOpener, Layer
+from nbdbm.image.bitmapsave import BitmapSaver
 from nbdbm.image.bitmapstore import BitmapStore
 from nbdbm.image.cache import TableCache
 from nbdbm.image.commit import Metadata
@@ -129,6 +130,7 @@ class Image:
         self._reader = Reader(layers)
         self._status = StatusWalker(layers)
         self._metadata: Metadata | None = None
+        self._saver: BitmapSaver | None = None
         self._side: WriteSide | None = None
         """None while the image is read-only."""
         self._discard = False
@@ -187,8 +189,14 @@ class Image:
         if top.header is None:
             self._side = RawWriter(top.file)
         else:
+            assert self._store is not None
             metadata = await load_metadata(top, self._cache, punch=options.discard)
+            saver = BitmapSaver(self._store, metadata, top.header)
+            await saver.load_recording()
+            await saver.arm()
+            self.header = top.header = saver.header
             self._metadata = metadata
+            self._saver = saver
             self._side = Writer(
                 metadata,
                 self._reader,
@@ -337,13 +345,34 @@ class Image:
             await self._side.flush()
 
     async def close(self) -> None:
-        """Release every file and lock; idempotent. No call may be under way or follow."""
-        if self._store is not None:
-            await self._store.close()
-        await self._status.close()
-        await self._reader.close()
-        await self._cache.close()
-        _close_files(self._layers)
+        """Store the bitmaps, release every file and lock; idempotent. No call may be under way or follow.
+
+        Everything is released even if this raises.
+
+        Raises:
+            ImageError, OSError: something could not be written; the bitmaps then stay marked as in use.
+        """
+        side, self._side = self._side, None
+        try:
+            if side is not None:
+                await self._finish(side)
+        finally:
+            if self._store is not None:
+                await self._store.close()
+            await self._status.close()
+            await self._reader.close()
+            await self._cache.close()
+            _close_files(self._layers)
+
+    async def _finish(self, side: WriteSide) -> None:
+        """Write all that is still only in memory: data and mapping first, then what the bitmaps say."""
+        await side.flush()
+        if self._metadata is None or self._saver is None:
+            return
+        await self._metadata.drain()
+        await self._saver.store()
+        if self._metadata.dirty:
+            await self._metadata.flush()  # counts of what was freed last
 
 
 def _close_files(layers: list[Layer]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-from nbdbm.errors import ImageError
+from nbdbm.errors import FormatError, ImageError, UnsupportedError
 from nbdbm.image.allocator import Allocator
 from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile
@@ -23,11 +23,15 @@ async def rewrite_header(file: BlockFile, new: Header) -> Header:
     Durable when this returns. After each step the disk holds the old or the new header (headeredit.py).
 
     Raises:
-        FormatError: the header cluster has no room for it; nothing has changed.
+        UnsupportedError: the header cluster has no room for it; nothing has changed.
         OSError: a write or sync failed; the file has the old or the new header.
     """
     cluster = await file.pread(0, new.cluster_size)
-    for step in plan(cluster, new):
+    try:
+        steps = plan(cluster, new)
+    except FormatError as error:
+        raise UnsupportedError(file.path, f"the header cannot be changed: {error}") from error
+    for step in steps:
         await file.pwrite(step.offset, step.data)
         await file.sync()
     return Header.parse(await file.pread(0, new.cluster_size))
