@@ -1,0 +1,542 @@
+"""The server's core in transmission: requests in hand-written bytes, however they arrive; nothing raises."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nbdbm.extents import ExtentList
+from nbdbm.nbd.catalog import ExportInfo
+from nbdbm.nbd.constants import Cmd, CmdFlag, NbdErrno
+from nbdbm.nbd.events import (
+    BlockStatus,
+    Cache,
+    Disconnected,
+    Event,
+    Flush,
+    GoRequested,
+    Read,
+    Trim,
+    Write,
+    WriteZeroes,
+)
+from nbdbm.nbd.handshake import HeaderStyle, State
+from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
+from nbdbm.nbd.protocol import FLAGS, ServerProtocol
+from nbdbm.nbd.receiver import SMALL_BODY
+from tests.nbd.test_handshake import FLAGS as CLIENT_FLAGS
+from tests.nbd.test_handshake import info_data, meta_data, opt
+from tests.support.pair import COARSE, CONTEXTS, DISK, HUGE, SCRATCH, ListCatalog, events_without_data
+from tests.support.slices import in_slices
+
+SIMPLE, STRUCTURED, EXTENDED = HeaderStyle
+STYLES = pytest.mark.parametrize("style", list(HeaderStyle), ids=lambda style: style.name.lower())
+CHUNKED = pytest.mark.parametrize("style", [STRUCTURED, EXTENDED], ids=lambda style: style.name.lower())
+
+MIB = 1 << 20
+NONE = CmdFlag(0)
+PAYLOAD = CmdFlag.PAYLOAD_LEN
+
+
+def serving(
+    info: ExportInfo = DISK,
+    style: HeaderStyle = SIMPLE,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    contexts: bool = True,
+) -> ServerProtocol:
+    """A protocol in transmission on ``info``, with all of its contexts where there can be any."""
+    protocol = ServerProtocol(ListCatalog(info), limits=limits)
+    data = CLIENT_FLAGS
+    if style is not SIMPLE:
+        data += opt(11 if style is EXTENDED else 8)
+        if contexts:
+            data += opt(10, meta_data(info.name, *info.contexts))
+    assert protocol.receive_data(data + opt(7, info_data(info.name))) == [GoRequested(info.name)]
+    assert protocol.accept(info) == []
+    protocol.data_to_send()
+    return protocol
+
+
+def request(
+    style: HeaderStyle, command: int, cookie: int, offset: int, length: int, flags: int = 0, data: bytes = b""
+) -> bytes:
+    if style is EXTENDED:
+        return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length) + data
+    return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length) + data
+
+
+Outcome = tuple[list[Event], list[tuple[int, int]]]
+
+
+def outcome(style: HeaderStyle, info: ExportInfo, data: bytes, limits: Limits = DEFAULT_LIMITS) -> Outcome:
+    """Events and (cookie, error) of the replies that ``data`` brings, however it arrives."""
+
+    def run(pieces: list[bytes]) -> Outcome:
+        protocol = serving(info, style, limits=limits)
+        events: list[Event] = []
+        for piece in pieces:
+            events += protocol.receive_data(piece)
+        return events_without_data(events), errors(b"".join(protocol.data_to_send()))
+
+    return in_slices(data, run)
+
+
+def errors(data: bytes) -> list[tuple[int, int]]:
+    """(cookie, error) of each reply, all without content."""
+    found = []
+    while data:
+        magic = int.from_bytes(data[:4], "big")
+        if magic == 0x67446698:
+            error, cookie = struct.unpack(">IQ", data[4:16])
+            data = data[16:]
+        else:
+            if magic == 0x668E33EF:
+                flags, kind, cookie, length = struct.unpack(">HHQI", data[4:20])
+                data = data[20:]
+            else:
+                assert magic == 0x6E8A278C
+                flags, kind, cookie, _, length = struct.unpack(">HHQQQ", data[4:32])
+                data = data[32:]
+            assert flags == 1 and kind in (0, 0x8001)
+            error = struct.unpack(">I", data[:4])[0] if kind else 0
+            if kind:
+                text = struct.unpack(">H", data[4:6])[0]
+                assert 0 < text == length - 6
+            data = data[length:]
+        found.append((cookie, error))
+    return found
+
+
+@STYLES
+def test_every_command_becomes_its_event(style: HeaderStyle) -> None:
+    data = b"".join(
+        [
+            request(style, Cmd.READ, 1, 100, 200),
+            request(style, Cmd.READ, 2, 0, 65536, CmdFlag.FUA),
+            request(style, Cmd.WRITE, 3, 7, 5, PAYLOAD if style is EXTENDED else 0, b"hello"),
+            request(style, Cmd.WRITE, 4, 7, 5, CmdFlag.FUA, b"HELLO"),
+            request(style, Cmd.FLUSH, 5, 0, 0),
+            request(style, Cmd.TRIM, 6, 0, MIB, CmdFlag.FUA),
+            request(style, Cmd.CACHE, 7, 512, 512),
+            request(style, Cmd.WRITE_ZEROES, 8, 0, 10, CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO),
+            request(style, Cmd.DISC, 9, 0, 0),
+            request(style, Cmd.READ, 10, 100, 200),
+        ]
+    )
+    events, replies = outcome(style, SCRATCH, data)
+    assert events == [
+        Read(1, 100, 200, NONE),
+        Read(2, 0, 65536, CmdFlag.FUA),
+        Write(3, 7, memoryview(b"hello"), NONE),
+        Write(4, 7, memoryview(b"HELLO"), CmdFlag.FUA),
+        Flush(5, NONE),
+        Trim(6, 0, MIB, CmdFlag.FUA),
+        Cache(7, 512, 512, NONE),
+        WriteZeroes(8, 0, 10, CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO),
+        Disconnected(True, "the client said goodbye"),
+    ]
+    assert replies == []
+
+
+@CHUNKED
+def test_block_status(style: HeaderStyle) -> None:
+    data = request(style, Cmd.BLOCK_STATUS, 1, 0, MIB, CmdFlag.REQ_ONE)
+    events, _ = outcome(style, DISK, data)
+    assert events == [BlockStatus(1, 0, MIB, CmdFlag.REQ_ONE, tuple(enumerate(CONTEXTS)))]
+    assert all(FLAGS[value] == CmdFlag(value) for value in range(len(FLAGS)))
+
+
+def test_64_bit_lengths() -> None:
+    data = request(EXTENDED, Cmd.BLOCK_STATUS, 1, 0, HUGE.size) + request(EXTENDED, Cmd.TRIM, 2, 0, 1 << 40)
+    events, _ = outcome(EXTENDED, HUGE, data)
+    assert [event.length for event in events if isinstance(event, BlockStatus | Trim)] == [1 << 46, 1 << 40]
+
+
+WRITE = b"w" * 1000
+READ_AFTER = 77
+
+
+REFUSED: dict[str, tuple[ExportInfo, int, int, int, int, bytes, NbdErrno]] = {
+    "write_read_only": (DISK, Cmd.WRITE, 0, 1000, 0, WRITE, NbdErrno.EPERM),
+    "write_past_the_end": (SCRATCH, Cmd.WRITE, MIB - 999, 1000, 0, WRITE, NbdErrno.ENOSPC),
+    "write_wrong_flag": (SCRATCH, Cmd.WRITE, 0, 1000, CmdFlag.REQ_ONE, WRITE, NbdErrno.EINVAL),
+    "write_unaligned": (COARSE, Cmd.WRITE, 0, 1000, 0, WRITE, NbdErrno.EINVAL),
+    "write_nothing_read_only": (DISK, Cmd.WRITE, 0, 0, 0, b"", NbdErrno.EPERM),
+    "read_past_the_end": (DISK, Cmd.READ, MIB, 1, 0, b"", NbdErrno.EINVAL),
+    "trim_read_only": (DISK, Cmd.TRIM, 0, 1, 0, b"", NbdErrno.EPERM),
+    "unknown_command": (DISK, 1000, 0, 1, 0, b"", NbdErrno.EINVAL),
+    "unknown_flag": (DISK, Cmd.READ, 0, 1, 1 << 14, b"", NbdErrno.EINVAL),
+    "status_of_nothing": (DISK, Cmd.BLOCK_STATUS, 0, 0, 0, b"", NbdErrno.EINVAL),
+}
+
+
+@STYLES
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_and_the_stream_stays_in_step(
+    style: HeaderStyle, case: tuple[ExportInfo, int, int, int, int, bytes, NbdErrno]
+) -> None:
+    info, command, offset, length, flags, payload, error = case
+    data = request(style, command, 1, offset, length, flags, payload)
+    data += request(style, Cmd.READ, READ_AFTER, 0, 512)
+    events, replies = outcome(style, info, data)
+    assert events == [Read(READ_AFTER, 0, 512, NONE)]
+    assert replies == [(1, error)]
+
+
+@STYLES
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.WRITE, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES])
+def test_zero_length_succeeds_with_nothing_to_do(style: HeaderStyle, command: Cmd) -> None:
+    data = request(style, command, 1, 512, 0) + request(style, Cmd.READ, 2, 0, 512)
+    events, replies = outcome(style, SCRATCH, data)
+    assert events == [Read(2, 0, 512, NONE)]
+    assert replies == [(1, 0)]
+
+
+@STYLES
+@pytest.mark.parametrize("data", [b"\0" * 32, b"HTTP" * 8], ids=["zeroes", "http"])
+def test_wrong_magic_disconnects(style: HeaderStyle, data: bytes) -> None:
+    events, replies = outcome(style, DISK, request(style, Cmd.READ, 1, 0, 512) + data)
+    assert events[0] == Read(1, 0, 512, NONE)
+    assert events[1:] == [Disconnected(False, f"request magic 0x{data[:4].hex().lstrip('0') or '0'}")]
+    assert replies == []
+
+
+def test_compact_and_extended_headers_do_not_mix() -> None:
+    for style, other in ((STRUCTURED, EXTENDED), (EXTENDED, STRUCTURED)):
+        events, _ = outcome(style, DISK, request(other, Cmd.READ, 1, 0, 512) * 2)
+        (event,) = events
+        assert isinstance(event, Disconnected) and "magic" in event.reason
+
+
+# payloads
+
+
+@STYLES
+@pytest.mark.parametrize(
+    "length", [1, SMALL_BODY, SMALL_BODY + 1, 3 * MIB + 5], ids=["1", "small", "large", "huge"]
+)
+@pytest.mark.parametrize("step", [1 << 12, 99_991, 1 << 24])
+def test_write_payloads_of_all_sizes(style: HeaderStyle, length: int, step: int) -> None:
+    payload = bytes(i * 7 % 251 for i in range(length))
+    flags = PAYLOAD if style is EXTENDED else 0
+    data = request(style, Cmd.READ, 1, 0, 1)
+    data += request(style, Cmd.WRITE, 2, 5, length, flags, payload) * 2
+    data += request(style, Cmd.READ, 3, 0, 1)
+    protocol = serving(replace(SCRATCH, size=8 * MIB), style)
+    events: list[Event] = []
+    for at in range(0, len(data), step):
+        events += protocol.receive_data(data[at : at + step])
+    assert [type(event) for event in events] == [Read, Write, Write, Read]
+    for write in events[1:3]:
+        assert isinstance(write, Write) and write.offset == 5 and write.flags == NONE
+        assert write.data == payload
+
+
+def test_a_large_payload_is_received_in_place() -> None:
+    protocol = serving(replace(SCRATCH, size=8 * MIB))
+    protocol.receive_data(request(SIMPLE, Cmd.WRITE, 1, 0, 4 * MIB) + b"abc")
+    view = protocol.get_buffer()
+    assert len(view) == 4 * MIB - 3
+    view[:] = bytes(4 * MIB - 3)
+    (event,) = protocol.buffer_updated(len(view))
+    assert isinstance(event, Write) and event.data[:4] == b"abc\0"
+
+
+def test_events_own_their_payload() -> None:
+    protocol = serving(SCRATCH)
+    (first,) = protocol.receive_data(request(SIMPLE, Cmd.WRITE, 1, 0, 4, 0, b"1111"))
+    (second,) = protocol.receive_data(request(SIMPLE, Cmd.WRITE, 1, 0, 4, 0, b"2222"))
+    assert isinstance(first, Write) and first.data == b"1111"
+    assert isinstance(second, Write) and second.data == b"2222"
+
+
+@pytest.mark.parametrize("style", [SIMPLE, STRUCTURED], ids=lambda style: style.name.lower())
+@pytest.mark.parametrize("info", [SCRATCH, DISK], ids=["writable", "read_only"])
+def test_oversize_write_is_drained(style: HeaderStyle, info: ExportInfo) -> None:
+    limits = Limits(max_payload=65536, max_drained=1 << 20)
+    info = replace(info, preferred_block=4096)
+    protocol = serving(info, style, limits=limits)
+    assert protocol.receive_data(request(style, Cmd.WRITE, 1, 0, 100_000, 0, bytes(50_000))) == []
+    assert protocol.data_to_send() == []
+    assert protocol.receive_data(bytes(49_999)) == []
+    assert protocol.receive_data(bytes(1) + request(style, Cmd.READ, 2, 0, 1)) == [Read(2, 0, 1, NONE)]
+    assert errors(b"".join(protocol.data_to_send())) == [(1, NbdErrno.EINVAL)]
+
+
+@pytest.mark.parametrize(
+    ("style", "length"), [(SIMPLE, (1 << 20) + 1), (STRUCTURED, 0xFFFFFFFF), (EXTENDED, 65537)]
+)
+def test_absurd_write_is_answered_and_ends_the_connection(style: HeaderStyle, length: int) -> None:
+    protocol = serving(SCRATCH, style, limits=Limits(max_payload=65536, max_drained=1 << 20))
+    flags = PAYLOAD if style is EXTENDED else 0
+    (event,) = protocol.receive_data(request(style, Cmd.WRITE, 1, 0, length, flags))
+    assert event == Disconnected(False, f"payload of {length} bytes, the limit is 65536")
+    assert errors(b"".join(protocol.data_to_send())) == [(1, NbdErrno.EINVAL)]
+
+
+def test_absurd_payload_of_another_command_ends_the_connection() -> None:
+    protocol = serving(SCRATCH, EXTENDED)
+    (event,) = protocol.receive_data(request(EXTENDED, Cmd.READ, 1, 0, 1 << 60, PAYLOAD))
+    assert isinstance(event, Disconnected)
+
+
+def test_largest_write_is_accepted() -> None:
+    protocol = serving(replace(SCRATCH, size=1 << 40))
+    assert protocol.receive_data(request(SIMPLE, Cmd.WRITE, 1, 0, 32 * MIB)) == []
+    assert len(protocol.get_buffer()) == 32 * MIB
+
+
+# payloads of other commands: extended headers only
+
+
+def select(effect: int, *ids: int) -> bytes:
+    return struct.pack(f">Q{len(ids)}I", effect, *ids)
+
+
+def status_payload(payload: bytes, flags: int = 0) -> Outcome:
+    data = request(EXTENDED, Cmd.BLOCK_STATUS, 1, 512, len(payload), PAYLOAD | flags, payload)
+    return outcome(EXTENDED, DISK, data + request(EXTENDED, Cmd.READ, 2, 0, 1))
+
+
+def test_block_status_payload_selects_contexts() -> None:
+    events, replies = status_payload(select(1024, 2, 0), CmdFlag.REQ_ONE)
+    chosen = ((0, CONTEXTS[0]), (2, CONTEXTS[2]))
+    assert events == [BlockStatus(1, 512, 1024, CmdFlag.REQ_ONE, chosen), Read(2, 0, 1, NONE)]
+    assert replies == []
+
+
+STATUS_PAYLOADS = {
+    "no_ids": select(1024),
+    "short": b"\0" * 7,
+    "one_byte": b"\0",
+    "ragged": select(1024, 0) + b"\0",
+    "duplicate": select(1024, 1, 1),
+    "unknown_id": select(1024, 9),
+    "unknown_beside_known": select(1024, 0, 9),
+    "more_than_there_are": select(1024, 0, 1, 2, 3, 4),
+    "very_many": select(1024, *range(2000)),
+    "no_length": select(0, 0),
+    "past_the_end": select(MIB, 0),
+    "absurd_length": select((1 << 64) - 1, 0),
+}
+
+
+@pytest.mark.parametrize("payload", STATUS_PAYLOADS.values(), ids=STATUS_PAYLOADS.keys())
+def test_malformed_block_status_payload(payload: bytes) -> None:
+    events, replies = status_payload(payload)
+    assert events == [Read(2, 0, 1, NONE)]
+    assert replies == [(1, NbdErrno.EINVAL)]
+
+
+def test_block_status_payload_without_contexts() -> None:
+    protocol = serving(DISK, EXTENDED, contexts=False)
+    payload = select(1024, 0)
+    data = request(EXTENDED, Cmd.BLOCK_STATUS, 1, 0, len(payload), PAYLOAD, payload)
+    assert protocol.receive_data(data + request(EXTENDED, Cmd.READ, 2, 0, 1)) == [Read(2, 0, 1, NONE)]
+    assert errors(b"".join(protocol.data_to_send())) == [(1, NbdErrno.EINVAL)]
+
+
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.FLUSH, Cmd.TRIM, Cmd.CACHE, Cmd.WRITE_ZEROES, 99])
+def test_unexpected_payload_is_drained(command: int) -> None:
+    data = request(EXTENDED, command, 1, 0, 500, PAYLOAD, bytes(500))
+    events, replies = outcome(EXTENDED, SCRATCH, data + request(EXTENDED, Cmd.READ, 2, 0, 1))
+    assert events == [Read(2, 0, 1, NONE)]
+    assert replies == [(1, NbdErrno.EINVAL)]
+
+
+@pytest.mark.parametrize("command", [Cmd.READ, Cmd.BLOCK_STATUS])
+def test_payload_flag_without_payload(command: int) -> None:
+    data = request(EXTENDED, command, 1, 0, 0, PAYLOAD) + request(EXTENDED, Cmd.READ, 2, 0, 1)
+    assert outcome(EXTENDED, DISK, data) == ([Read(2, 0, 1, NONE)], [(1, NbdErrno.EINVAL)])
+
+
+def test_compact_requests_know_no_payload_flag() -> None:
+    data = request(STRUCTURED, Cmd.BLOCK_STATUS, 1, 0, 512, PAYLOAD) + request(STRUCTURED, Cmd.READ, 2, 0, 1)
+    assert outcome(STRUCTURED, DISK, data) == ([Read(2, 0, 1, NONE)], [(1, NbdErrno.EINVAL)])
+
+
+# replies
+
+
+@STYLES
+def test_replies_carry_cookie_and_origin(style: HeaderStyle) -> None:
+    protocol = serving(DISK, style)
+    protocol.receive_data(request(style, Cmd.READ, 5, 1024, 3) + request(style, Cmd.CACHE, 6, 2048, 3))
+    protocol.reply(6)
+    protocol.reply_read(5, 1024, [(3, b"abc")])
+    sent = b"".join(protocol.data_to_send())
+    if style is EXTENDED:
+        assert struct.unpack(">IHHQQQ", sent[:32])[3:] == (6, 2048, 0)
+        assert struct.unpack(">IHHQQQ", sent[32:64])[3:] == (5, 1024, 11)
+    assert sent.endswith(b"abc")
+    assert protocol.data_to_send() == []
+
+
+@CHUNKED
+def test_status_of_100_000_extents(style: HeaderStyle) -> None:
+    protocol = serving(HUGE, style)
+    length = 0xFFFFFFFF if style is STRUCTURED else 1 << 40
+    (event,) = protocol.receive_data(request(style, Cmd.BLOCK_STATUS, 5, 0, length))
+    assert isinstance(event, BlockStatus)
+    extents = ExtentList(0, length, protocol.extent_limit(event))
+    for index in range(100_000):
+        extents.add(4096, index & 1)
+    protocol.reply_block_status(5, [(event.contexts[0][0], extents)])
+    sent = b"".join(protocol.data_to_send())
+    head, size = (24, 8) if style is STRUCTURED else (40, 16)
+    assert len(sent) == head + 100_000 * size
+    assert sent[-size:] == (4096).to_bytes(size // 2, "big") + (1).to_bytes(size // 2, "big")
+
+
+def test_extent_limits() -> None:
+    protocol = serving(DISK, STRUCTURED, limits=Limits(max_extents=100, max_extents_per_reply=150))
+    assert protocol.max_extents == 37
+    two = ((0, "a"), (1, "b"))
+    assert protocol.extent_limit(BlockStatus(1, 0, 1, NONE, two)) == 75
+    assert protocol.extent_limit(BlockStatus(1, 0, 1, NONE, two[:1])) == 100
+    assert protocol.extent_limit(BlockStatus(1, 0, 1, CmdFlag.REQ_ONE, two)) == 1
+    assert serving(DISK).max_extents == DEFAULT_LIMITS.max_extents
+
+
+@STYLES
+def test_what_is_known(style: HeaderStyle) -> None:
+    protocol = serving(DISK, style)
+    assert protocol.sparse_reads is (style is not SIMPLE)
+    assert protocol.negotiated is not None
+    assert protocol.negotiated.extended is (style is EXTENDED)
+    assert not protocol.closed
+    assert not ServerProtocol(ListCatalog()).sparse_reads
+
+
+def test_replies_may_follow_a_goodbye() -> None:
+    protocol = serving(DISK, EXTENDED)
+    protocol.receive_data(request(EXTENDED, Cmd.READ, 1, 0, 1) + request(EXTENDED, Cmd.DISC, 2, 0, 0))
+    assert protocol.closed
+    protocol.reply_error(1, NbdErrno.ESHUTDOWN, "closing")
+    assert errors(b"".join(protocol.data_to_send())) == [(1, NbdErrno.ESHUTDOWN)]
+
+
+EOFS = {
+    "between_requests": (b"", "without NBD_CMD_DISC"),
+    "in_a_header": (request(SIMPLE, Cmd.READ, 1, 0, 1)[:20], "in the middle"),
+    "in_a_small_payload": (request(SIMPLE, Cmd.WRITE, 1, 0, 100) + bytes(50), "in the middle"),
+    "in_a_large_payload": (request(SIMPLE, Cmd.WRITE, 1, 0, MIB) + bytes(50), "in the middle"),
+    "in_a_drained_payload": (request(SIMPLE, Cmd.WRITE, 1, MIB, 100) + bytes(50), "in the middle"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), EOFS.values(), ids=EOFS.keys())
+def test_eof(data: bytes, reason: str) -> None:
+    protocol = serving(SCRATCH)
+    assert protocol.receive_data(data) == []
+    (event,) = protocol.receive_eof()
+    assert isinstance(event, Disconnected) and not event.clean and reason in event.reason
+    assert protocol.receive_eof() == []
+
+
+def test_an_idle_connection_is_small() -> None:
+    protocol = serving(DISK, EXTENDED)
+    assert protocol._handshake is None and protocol._partial == b"" and protocol._out == []
+
+
+def test_wire_trace(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "nbdbm.nbd.protocol"):
+        protocol = serving(DISK, STRUCTURED)
+        protocol.receive_data(
+            request(STRUCTURED, Cmd.READ, 1, 0, 512) + request(STRUCTURED, Cmd.TRIM, 2, 0, 1)
+        )
+        protocol.reply_read(1, 0, [(512, bytes(512))])
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:2] == ["< OPT_STRUCTURED_REPLY [0]", "> OPT_STRUCTURED_REPLY REP_ACK [0]"]
+    assert "< READ #1 @0+512" in lines and "< TRIM #2 @0+1" in lines
+    assert lines[-1] == "> CHUNK_OFFSET_DATA #1 [520] done"
+
+
+# any input
+
+
+def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[a:b] for a, b in pairwise(edges)]
+
+
+@st.composite
+def streams(draw: st.DrawFn, style: HeaderStyle) -> bytes:
+    """Well-formed requests of any kind, legal or not."""
+    parts = []
+    for _ in range(draw(st.integers(1, 12))):
+        command = draw(st.sampled_from([0, 0, 1, 1, 3, 4, 5, 6, 7, 7, 99]))
+        flags = draw(st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16, 32, 33, 64]))
+        offset = draw(st.sampled_from([0, 512, MIB - 512, MIB, 1 << 63]))
+        length = draw(st.sampled_from([0, 1, 12, 512, 5000, 70_000, MIB + 1]))
+        payload = b""
+        if command == Cmd.WRITE or (style is EXTENDED and flags & PAYLOAD):
+            payload = bytes([len(parts)]) * length
+        parts.append(request(style, command, len(parts), offset, length, flags, payload))
+    return b"".join(parts)
+
+
+@STYLES
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_split_of_a_stream_gives_the_same(style: HeaderStyle, data: st.DataObject) -> None:
+    stream = data.draw(streams(style))
+    cuts = data.draw(st.lists(st.integers(0, 1 << 24), max_size=12))
+    whole, cut = serving(SCRATCH, style), serving(SCRATCH, style)
+    expected = whole.receive_data(stream)
+    events: list[Event] = []
+    for piece in pieces_of(stream, cuts):
+        events += cut.receive_data(piece)
+    assert events_without_data(events) == events_without_data(expected)
+    sent = b"".join(whole.data_to_send())
+    assert b"".join(cut.data_to_send()) == sent
+    assert cut.state is whole.state is State.TRANSMISSION
+    # Each request is either handed out or answered at once.
+    assert len(events) + len(errors(sent)) == count_requests(stream, style)
+
+
+def count_requests(stream: bytes, style: HeaderStyle) -> int:
+    count, at = 0, 0
+    while at < len(stream):
+        if style is EXTENDED:
+            _, flags, command, _, _, length = struct.unpack_from(">IHHQQQ", stream, at)
+            at += 32
+        else:
+            _, flags, command, _, _, length = struct.unpack_from(">IHHQQI", stream, at)
+            at += 28
+        if command == Cmd.WRITE or (style is EXTENDED and flags & PAYLOAD):
+            at += length
+        count += 1
+    return count
+
+
+@settings(max_examples=200, deadline=None)
+@given(prefix=st.sampled_from([b"", CLIENT_FLAGS, CLIENT_FLAGS + opt(8)]), garbage=st.binary(max_size=300))
+@example(prefix=b"", garbage=b"GET / HTTP/1.1\r\n\r\n")
+def test_garbage_never_raises(prefix: bytes, garbage: bytes) -> None:
+    protocol = ServerProtocol(ListCatalog())
+    events = protocol.receive_data(prefix + garbage)
+    if events and isinstance(events[-1], GoRequested):
+        events = protocol.accept(DISK)
+    events += protocol.receive_eof()
+    assert isinstance(events[-1], Disconnected)
+
+
+@STYLES
+@settings(max_examples=100, deadline=None)
+@given(garbage=st.binary(max_size=300), magic=st.booleans())
+def test_garbage_in_transmission_never_raises(style: HeaderStyle, garbage: bytes, magic: bool) -> None:
+    protocol = serving(SCRATCH, style)
+    if magic:
+        garbage = request(style, 0, 0, 0, 0)[:4] + garbage
+    events = protocol.receive_data(garbage)
+    events += protocol.receive_eof()
+    assert isinstance(events[-1], Disconnected)
+    assert protocol.receive_data(garbage) == []
