@@ -174,12 +174,17 @@ def test_no_answer_in_time(tmp_path: Path) -> None:
 
 def test_closing_while_a_request_waits(tmp_path: Path) -> None:
     async def main() -> None:
-        disk = DiskServer(answer=lambda command: b"")
+        asked = asyncio.Event()
+
+        def answer(command: events.Command) -> bytes:
+            asked.set()
+            return b""
+
+        disk = DiskServer(answer=answer)
         async with serving(tmp_path, disk) as uri:
             client = await NbdClient.connect(uri)
             read = asyncio.create_task(client.read(0, 4096))
-            while not disk.commands:
-                await asyncio.sleep(0.01)
+            await asked.wait()
             await client.close()
             await client.close()
             await refused(read, uri)

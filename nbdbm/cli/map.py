@@ -28,8 +28,10 @@ MAX_STRIPS = 16
 
 PICTURE_ROWS = 16
 STRIP_ROWS = 1
-MAX_WIDTH = 120
-"""Characters; wider rows are hard to follow."""
+MAX_ROW = 128
+"""Characters; longer rows are hard to follow."""
+LABEL = 10
+"""Characters before each row."""
 
 _ALLOCATION_WORDS = ("data", "hole", "zero", "hole,zero")
 _DIRTY_WORDS = ("clean", "dirty")
@@ -97,7 +99,7 @@ def map_command(
             if picture:
                 await _draw(source, target, context)
                 return
-            name = choose(context or CONTEXT_ALLOCATION, await source.contexts(), target)
+            name = choose(context or CONTEXT_ALLOCATION, await source.contexts(), source, target)
             await source.select([name])
             extents = merged(source.extents(name))
             if totals:
@@ -161,27 +163,28 @@ async def _draw(source: MapSource, target: str, context: str | None) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)
     plain = not (console.encoding or "").lower().startswith("utf")
-    width = min(console.width, MAX_WIDTH) - 10
+    # A power of two, so that rows begin at round offsets.
+    width = min(MAX_ROW, 1 << max(console.width - LABEL, 8).bit_length() - 1)
 
     def show(spans: list[Span]) -> None:
         console.print(Text.assemble(*((span.text, span.style) for span in spans)), soft_wrap=True)
 
     available = await source.contexts()
     bitmaps = [name for name in available if name.startswith(CONTEXT_BITMAP)]
-    main = choose(context or CONTEXT_ALLOCATION, available, target)
+    main = choose(context or CONTEXT_ALLOCATION, available, source, target)
     strips = [] if context else bitmaps[:MAX_STRIPS]
     await source.select([main, *strips])
 
     for name in [main, *strips]:
         rows = PICTURE_ROWS if name == main else STRIP_ROWS
-        picture = Picture(source.size, max(width, 8) * rows, palette(name))
+        picture = Picture(source.size, width * rows, palette(name))
         async for offset, length, flags in merged(source.extents(name)):
             picture.add(offset, length, flags)
         if name == main:
             show([Span(f"{printable(target)}: {human(source.size)}, {printable(main)}", "bold")])
         else:
-            show([Span(printable(name.removeprefix(CONTEXT_BITMAP)), "bold")])
-        for row in picture.rows(max(width, 8), plain=plain):
+            show([Span(f"bitmap {printable(name.removeprefix(CONTEXT_BITMAP))}", "bold")])
+        for row in picture.rows(width, plain=plain):
             show(row)
         show(picture.legend(plain=plain))
     if not context and len(bitmaps) > MAX_STRIPS:

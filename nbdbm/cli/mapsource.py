@@ -11,8 +11,7 @@ from nbdbm.nbd.constants import CONTEXT_BITMAP
 
 if TYPE_CHECKING:
     from nbdbm.client import NbdClient
-    from nbdbm.exports import Export
-    from nbdbm.image.image import OpenOptions
+    from nbdbm.image.image import Image, OpenOptions
 
 
 class MapSource(Protocol):
@@ -24,6 +23,9 @@ class MapSource(Protocol):
 
     async def contexts(self) -> Sequence[str]:
         """Every metadata context there is."""
+
+    def refusal(self, bitmap: str) -> str | None:
+        """Why this bitmap is there but makes no context, where that is known."""
 
     async def select(self, contexts: Sequence[str]) -> None:
         """Say which of them will be asked for."""
@@ -38,16 +40,18 @@ class MapSource(Protocol):
 class ImageSource:
     """An image file, read by the engine itself."""
 
-    def __init__(self, export: Export) -> None:
-        self._export = export
+    def __init__(self, image: Image) -> None:
+        from nbdbm.exports import Export
+
+        self._image = image
+        self._export = Export.of(image)
 
     @classmethod
     async def open(cls, path: str, options: OpenOptions) -> ImageSource:
         """Open the image; raises ImageError and its kin."""
-        from nbdbm.exports import Export
         from nbdbm.image.image import Image
 
-        return cls(Export.of(await Image.open(path, options)))
+        return cls(await Image.open(path, options))
 
     @property
     def size(self) -> int:
@@ -55,6 +59,10 @@ class ImageSource:
 
     async def contexts(self) -> Sequence[str]:
         return self._export.info.contexts
+
+    def refusal(self, bitmap: str) -> str | None:
+        found = self._image.tracker.get(bitmap)
+        return None if found is None else found.refusal
 
     async def select(self, contexts: Sequence[str]) -> None:
         """Nothing to prepare: the engine answers any of its contexts at any time."""
@@ -91,6 +99,10 @@ class ServerSource:
     async def contexts(self) -> Sequence[str]:
         return await self._client.list_contexts()
 
+    def refusal(self, bitmap: str) -> str | None:
+        """A server tells only what it has."""
+        return None
+
     async def select(self, contexts: Sequence[str]) -> None:
         await self._client.go(contexts)
 
@@ -101,11 +113,14 @@ class ServerSource:
         await self._client.close()
 
 
-def choose(name: str, available: Sequence[str], where: str) -> str:
+def choose(name: str, available: Sequence[str], source: MapSource, where: str) -> str:
     """The context that ``name`` means: a context's full name, or the bare name of a bitmap."""
     for candidate in (name, CONTEXT_BITMAP + name):
         if candidate in available:
             return candidate
+    bitmap = name.removeprefix(CONTEXT_BITMAP)
+    if (refusal := source.refusal(bitmap)) is not None:
+        raise UsageError(f"{where}: bitmap {bitmap!r}: {refusal}")
     shown = ", ".join(available[:20]) + (", ..." if len(available) > 20 else "")
     raise UsageError(f"{where}: no context {name!r}; there are: {shown or 'none'}")
 

@@ -53,6 +53,7 @@ class DiskServer:
     Args:
         answer: returns raw bytes to answer a command with, or None for the honest answer.
         extent_cap: the most extents in one answer, per context; lets contexts end at different places.
+        answer_length: bytes that one answer describes at most.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DiskServer:
         maximum_payload: int = 65536,
         answer: Answer = lambda command: None,
         extent_cap: int = 5,
+        answer_length: int = 1 << 40,
     ) -> None:
         self.data = bytearray(b"".join(bytes([i % 255 + 1]) * 65536 for i in range(min(size, SIZE) // 65536)))
         self.info = ExportInfo(
@@ -74,6 +76,7 @@ class DiskServer:
         )
         self.answer = answer
         self.extent_cap = extent_cap
+        self.answer_length = answer_length
         self.commands: list[events.Command] = []
         self.goodbyes = 0
 
@@ -121,7 +124,7 @@ class DiskServer:
                 answers = []
                 for ident, name in contexts:
                     step = 65536 if name == DIRTY else 1 << 20
-                    extents = ExtentList(offset, length, self.extent_cap)
+                    extents = ExtentList(offset, min(length, self.answer_length), self.extent_cap)
                     position = offset
                     while extents.add(step - position % step, position // step % 2):
                         position += step - position % step
