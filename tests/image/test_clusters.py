@@ -1,0 +1,216 @@
+import asyncio
+import logging
+import struct
+from pathlib import Path
+
+import pytest
+
+from nbdbm.errors import CorruptError
+from nbdbm.image.blockfile import ThreadedFile
+from nbdbm.image.cache import TableCache
+from nbdbm.image.clusters import MAX_COMPLAINTS, ClusterMap, load_l1
+from nbdbm.qcow2.constants import COPIED
+from nbdbm.qcow2.geometry import Geometry
+from nbdbm.qcow2.header import Header
+from nbdbm.qcow2.mapping import ABSENT, UNKNOWN, Kind
+from tests.support import qcow2build
+
+CLUSTER = 4096
+L2_RANGE = 512 * CLUSTER
+
+
+class Layer:
+    """A ClusterMap over a file, to be changed before it is read."""
+
+    def __init__(self, path: Path, image: qcow2build.Image, limit: int = 1 << 20) -> None:
+        path.write_bytes(image.build())
+        self.path = path
+        self.header = Header.parse(path.read_bytes()[: 1 << image.cluster_bits])
+        self.cache = TableCache(limit)
+
+    def l1_entry(self, index: int) -> int:
+        data = self.path.read_bytes()
+        entry: int = struct.unpack_from(">Q", data, self.header.l1_table_offset + 8 * index)[0]
+        return entry
+
+    def set_l1(self, index: int, entry: int) -> None:
+        qcow2build.patch_bytes(self.path, self.header.l1_table_offset + 8 * index, struct.pack(">Q", entry))
+
+    async def open(self) -> ClusterMap:
+        file = ThreadedFile.open(str(self.path))
+        l1 = await load_l1(file, self.header.l1_table_offset, self.header.l1_size)
+        return ClusterMap(file, file, Geometry(self.header), l1, self.header.size, self.cache, 0)
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Layer:
+    """16 L2 tables' worth of disk: data in the first and the tenth."""
+    image = qcow2build.Image(
+        size=16 * L2_RANGE,
+        cluster_bits=12,
+        clusters={1: b"a", 2: b"b", 511: b"c", 512: b"d", 9 * 512 + 3: b"e"},
+    )
+    return Layer(tmp_path / "disk.qcow2", image)
+
+
+def test_ranges_across_tables(layer: Layer) -> None:
+    async def run() -> None:
+        clusters = await layer.open()
+        runs = await clusters.map(0, layer.header.size)
+        assert [(run.kind, run.length // CLUSTER) for run in runs] == [
+            (Kind.UNALLOCATED, 1),
+            (Kind.DATA, 2),
+            (Kind.UNALLOCATED, 508),
+            (Kind.DATA, 1),
+            (Kind.DATA, 1),
+            (Kind.UNALLOCATED, 511),
+            (Kind.UNALLOCATED, 7 * 512),
+            (Kind.UNALLOCATED, 3),
+            (Kind.DATA, 1),
+            (Kind.UNALLOCATED, 508),
+            (Kind.UNALLOCATED, 6 * 512),
+        ]
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+def test_locate_needs_a_cached_table(layer: Layer) -> None:
+    async def run() -> None:
+        clusters = await layer.open()
+        assert clusters.locate(CLUSTER, 10) == UNKNOWN
+        assert clusters.locate(5 * L2_RANGE, 10) == ABSENT
+        host = (await clusters.map(CLUSTER, 1))[0].host
+        assert clusters.locate(CLUSTER + 5, 10) == host + 5
+        assert clusters.locate(CLUSTER, 2 * CLUSTER) == host
+        assert clusters.locate(0, 10) == ABSENT
+        assert clusters.locate(0, 2 * CLUSTER) == UNKNOWN
+        assert clusters.locate(L2_RANGE - 10, 20) == UNKNOWN
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+def test_memory_stays_within_the_cache(tmp_path: Path) -> None:
+    """Every table is visited, and few are kept."""
+    image = qcow2build.Image(size=64 * L2_RANGE, cluster_bits=12, clusters={n * 512: b"x" for n in range(64)})
+    layer = Layer(tmp_path / "disk", image, limit=10 * CLUSTER)
+
+    async def run() -> None:
+        clusters = await layer.open()
+        for start in (0, 0):
+            runs = await clusters.map(start, layer.header.size)
+            assert sum(run.length for run in runs if run.kind is Kind.DATA) == 64 * CLUSTER
+        assert layer.cache.weight <= 10 * CLUSTER
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+def test_slices_of_a_large_table(tmp_path: Path) -> None:
+    """A table of 256 KiB is read in quarters."""
+    image = qcow2build.Image(size=1 << 33, cluster_bits=18, clusters={0: b"a", 8192: b"b", 32767: b"c"})
+    layer = Layer(tmp_path / "disk", image)
+
+    async def run() -> None:
+        clusters = await layer.open()
+        runs = await clusters.map(8191 << 18, 3 << 18)
+        assert [run.kind for run in runs] == [Kind.UNALLOCATED, Kind.DATA, Kind.UNALLOCATED]
+        assert list(layer.cache.values) == [0, 1]
+        assert (await clusters.map(32767 << 18, 1))[0].kind is Kind.DATA
+        assert list(layer.cache.values) == [0, 1, 3]
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+# -- damage: the range concerned fails, the rest is served
+
+
+def check_damage(layer: Layer, offset: int, text: str, fine: int, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        clusters = await layer.open()
+        for _ in range(2):
+            with pytest.raises(CorruptError, match=text) as caught:
+                await clusters.map(offset, 10)
+            assert caught.value.path == str(layer.path)
+        assert (await clusters.map(fine, 10))[0].kind is Kind.DATA
+        clusters.file.close()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(run())
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "entry, text",
+    [
+        (COPIED | 0x5200, "L1 table, index 9: L1 entry .*aligned"),
+        (1 << 60 | 0x5000, "L1 table, index 9: L1 entry .*reserved"),
+        (COPIED | 1 << 40, "L1 table, index 9: .* past the file's end"),
+    ],
+)
+def test_damaged_l1_entry(layer: Layer, entry: int, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    layer.set_l1(9, entry)
+    check_damage(layer, 9 * L2_RANGE, text, CLUSTER, caplog)
+
+
+@pytest.mark.parametrize(
+    "entry, text",
+    [
+        (COPIED | 0x5200, "L2 table 9, index 3 .guest offset 0x1203000.: L2 entry .*aligned"),
+        (1 << 57 | 0x5000, "L2 table 9, index 3 .*reserved"),
+        (COPIED | 1 << 40, "guest offset 0x1203000: data cluster at 0x10000000000 lies past the file's end"),
+    ],
+)
+def test_damaged_l2_entry(layer: Layer, entry: int, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    table = layer.l1_entry(9) & ~COPIED
+    qcow2build.patch_bytes(layer.path, table + 8 * 3, struct.pack(">Q", entry))
+    check_damage(layer, 9 * L2_RANGE + 3 * CLUSTER, text, CLUSTER, caplog)
+
+
+def test_names_the_entry_at_fault_in_a_long_range(layer: Layer) -> None:
+    qcow2build.patch_bytes(layer.path, (layer.l1_entry(0) & ~COPIED) + 8 * 77, struct.pack(">Q", 2))
+
+    async def run() -> None:
+        clusters = await layer.open()
+        with pytest.raises(CorruptError, match="L2 table 0, index 77 "):
+            await clusters.map(CLUSTER, 300 * CLUSTER)
+        assert clusters.locate(77 * CLUSTER, 1) == UNKNOWN
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+def test_complaints_are_bounded(layer: Layer, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        clusters = await layer.open()
+        for number in range(2 * MAX_COMPLAINTS):
+            clusters.complain(f"place {number}")
+        clusters.file.close()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(run())
+    assert len(caplog.records) == MAX_COMPLAINTS
+
+
+def test_a_last_cluster_cut_short(layer: Layer) -> None:
+    """The file may end inside its last data cluster, not before it."""
+    host = (layer.path.stat().st_size // CLUSTER + 1) * CLUSTER
+    table = layer.l1_entry(0) & ~COPIED
+    qcow2build.patch_bytes(layer.path, table + 8 * 5, struct.pack(">Q", COPIED | host))
+
+    async def look() -> list[int]:
+        clusters = await layer.open()
+        try:
+            return [run.host for run in await clusters.map(5 * CLUSTER, CLUSTER)]
+        finally:
+            clusters.file.close()
+
+    with layer.path.open("r+b") as file:
+        file.truncate(host + 1)
+    assert asyncio.run(look()) == [host]
+    with layer.path.open("r+b") as file:
+        file.truncate(host)
+    with pytest.raises(CorruptError, match="past the file's end"):
+        asyncio.run(look())
