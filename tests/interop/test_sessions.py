@@ -126,8 +126,7 @@ def test_nothing_can_be_written(server: servers.Server, content: bytes, verb: st
             h.pwrite(b"x" * 70000, 4096)
         else:
             getattr(h, verb)(4096, 4096)
-    # WRITE_ZEROES and TRIM are not even offered on a read-only export.
-    assert refused.value.errnum in ("EPERM", "EINVAL") if verb != "write" else "EPERM"
+    assert refused.value.errno == "EPERM"
     assert h.pread(70000, 4096) == content[4096:74096]
     h.shutdown()
 
@@ -146,7 +145,7 @@ def test_reads_past_the_end(server: servers.Server, content: bytes, offset: int,
     ):
         with pytest.raises(nbd.Error) as refused:
             ask()
-        assert refused.value.errnum == "EINVAL"
+        assert refused.value.errno == "EINVAL"
     assert h.pread(512, 0) == content[:512]
     h.shutdown()
 
@@ -305,9 +304,9 @@ def serve(*args: object, **more: Any) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_signals_end_it_cleanly(case: images.Case, number: signal.Signals, tmp_path: Path) -> None:
+def test_signals_end_it_cleanly(case: images.Case, number: signal.Signals) -> None:
     before = fingerprint(case.files)
-    with servers.nbdbm(case.path) as server:
+    with servers.nbdbm(case.path, clean=False) as server:
         h = handle(server)
         h.pread(512, 0)
         server.process.send_signal(number)
@@ -315,8 +314,6 @@ def test_signals_end_it_cleanly(case: images.Case, number: signal.Signals, tmp_p
         assert not Path(server.socket).exists()
         assert "Traceback" not in server.output()
         assert fingerprint(case.files) == before
-        server_ended = server.process.returncode
-    assert server_ended == 0
 
 
 def test_what_it_prints(gallery: images.Gallery, tmp_path: Path) -> None:

@@ -202,6 +202,10 @@ class Gallery:
                 # anyway, hence the digests taken before and after.
                 for path in case.files:
                     path.chmod(stat.S_IRUSR)
+                    # Where the host's file has holes must not change once it is served: ext4 decides
+                    # that only when it writes the blocks out.
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
                 values = dict(
                     vars(case), path=str(case.path), reference=case.reference and str(case.reference)
                 )
@@ -445,7 +449,7 @@ RECIPES |= {
 }
 
 
-LARGE = {"huge"}
+LARGE = {"huge", "huge-full"}
 """Disks that nobody reads from end to end."""
 
 
@@ -461,6 +465,20 @@ def _huge(maker: Maker) -> Case:
     ]
     maker.io(path, *commands)
     return maker.case(path, bitmaps=["b"])
+
+
+@recipe("huge-full")
+def _huge_full(maker: Maker) -> Case:
+    """16 TiB with an L2 table for every part: 2 GiB of tables at 64 KiB clusters, if they were kept.
+
+    The tables are all the same one, which no writer would do but a reader cannot tell.
+    """
+    size = 16 * TIB
+    path = maker.create(size)
+    maker.io(path, maker.write(0, text(maker.seed, 512 * KIB)))
+    l1, count = peek(path, 40, "Q"), peek(path, 36, "I")
+    patch(path, l1, struct.pack(">Q", peek(path, l1, "Q")) * count)
+    return maker.case(path)
 
 
 # -- external data files
@@ -694,19 +712,30 @@ def _bitmaps(maker: Maker) -> Case:
     """Several, of different granularities and ages, one disabled, one never touched, one full."""
     size = 16 * MIB
     path = maker.create(size)
-    names = {"fine": 512, "default": None, "coarse": 4 * MIB, "middle": 32 * KIB}
-    maker.fill(path, size, seed=1, count=6)
+    maker.bitmap(path, "full", 64 * KIB)
+    maker.io(path, maker.write(0, text(maker.seed, size)))
+    SYSTEM.img("bitmap", "--disable", path, "full")
+    names = {"fine": 512, "default": None, "coarse": 2 * MIB, "middle": 32 * KIB}
     for index, (name, granularity) in enumerate(names.items()):
         maker.bitmap(path, name, granularity)
-        maker.fill(path, size, seed=2 + index, count=5)
+        maker.fill(path, size, seed=2 + index, count=3)
     SYSTEM.img("bitmap", "--disable", path, "default")
-    maker.fill(path, size, seed=9, count=5)
+    maker.fill(path, size, seed=9, count=4)
     maker.bitmap(path, "untouched")
-    maker.bitmap(path, "full", 64 * KIB)
     maker.bitmap(path, "disabled", enabled=False)
-    maker.io(path, maker.write(0, text(maker.seed, size)))
-    maker.bitmap(path, "later")
-    return maker.case(path, bitmaps=[*names, "full", "disabled", "later"])
+    return maker.case(path, bitmaps=["full", *names, "untouched", "disabled"])
+
+
+@recipe("bitmaps-three")
+def _three(maker: Maker) -> Case:
+    """Three alike, each with a table of eight entries, for breaking the middle one."""
+    size = 16 * MIB
+    path = maker.create(size, cluster_size=512)
+    names = ["first", "middle", "third"]
+    for index, name in enumerate(names):
+        maker.bitmap(path, name, 512)
+        maker.fill(path, size, seed=index, count=6)
+    return maker.case(path, bitmaps=names)
 
 
 @recipe("bitmaps-inconsistent")

@@ -151,20 +151,25 @@ def on_tcp(argv: Sequence[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=qemu.environment()
     )
     try:
-        deadline = time.monotonic() + START_TIMEOUT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 5).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise ServerFailed(process.returncode, "") from None
-                if time.monotonic() > deadline:
-                    raise ServerFailed(-1, f"nothing on port {port} in {START_TIMEOUT} s") from None
-                time.sleep(0.01)
+        wait_for_port(port, process)
         yield process
     finally:
         stop(process)
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Until somebody accepts on a loopback port, and the ``process`` that is to do so lives."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 5).close()
+            return
+        except OSError:
+            if process is not None and process.poll() is not None:
+                raise ServerFailed(process.returncode, "") from None
+            if time.monotonic() > deadline:
+                raise ServerFailed(-1, f"nothing on port {port} in {START_TIMEOUT} s") from None
+            time.sleep(0.01)
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
@@ -228,3 +233,20 @@ def qemu_nbd(
 def nbdbm_run(*args: object, check: bool = False, timeout: float = 30) -> subprocess.CompletedProcess[str]:
     """One run of the ``nbdbm`` command line to its end."""
     return qemu.run([*NBDBM, *map(str, args)], check=check, timeout=timeout)
+
+
+def limited_run(
+    argv: Sequence[str], *, address_space: int, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end within bounds of memory (address space, bytes) and time (seconds)."""
+    return subprocess.run(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=timeout,
+        check=False,
+        env=qemu.environment(),
+        preexec_fn=_address_space(address_space),
+    )

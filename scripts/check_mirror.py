@@ -1,0 +1,73 @@
+"""Check that each module has its twin test at the same path, and each such test its module.
+
+``nbdbm/nbd/messages.py`` and ``tests/nbd/test_messages.py``. Run by ``make lint`` and by
+tests/test_layers.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WITHOUT = {
+    "nbd/constants.py": "numbers only; every test of the wire uses them",
+    "nbd/catalog.py": "a value and a protocol class",
+    "nbd/events.py": "values only",
+    "qcow2/constants.py": "numbers only; every test of the format uses them",
+    "__main__.py": "calls the command line",
+}
+"""Modules that need no test of their own, and why."""
+
+ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "data"}
+"""Folders of tests that mirror no folder of the package."""
+
+EXTRA = {"test_layers.py", "test_scripts.py"}
+"""Tests at the top that are of the project, not of a module."""
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a module holds nothing but its docstring."""
+    return all(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for node in ast.parse(path.read_text()).body
+    )
+
+
+def twin(module: Path) -> Path:
+    """Where the test of a module belongs, relative to tests/; a package's own code is tested as ``init``."""
+    name = "init" if module.stem == "__init__" else module.stem
+    return module.parent / f"test_{name}.py"
+
+
+def complaints(root: Path = ROOT) -> list[str]:
+    """One line per module without a test, and per test without a module."""
+    package, tests = root / "nbdbm", root / "tests"
+    found: list[str] = []
+    twins: set[Path] = set()
+    for path in sorted(package.rglob("*.py")):
+        module = path.relative_to(package)
+        twins.add(twin(module))
+        if module.as_posix() in WITHOUT or (module.name == "__init__.py" and is_empty(path)):
+            continue
+        if module == Path("__init__.py"):
+            continue
+        variants = sorted((tests / module.parent).glob(f"{twin(module).stem}*.py"))
+        if not variants:
+            found.append(f"nbdbm/{module}: no test at tests/{twin(module)}")
+    for path in sorted(tests.rglob("test_*.py")):
+        test = path.relative_to(tests)
+        if test.parts[0] in ELSEWHERE or test.as_posix() in EXTRA or test in twins:
+            continue
+        # A module with much to test may have several: test_header.py, test_header_edit.py.
+        if not any(test.parent == other.parent and test.stem.startswith(f"{other.stem}_") for other in twins):
+            found.append(f"tests/{test}: there is no module that it tests")
+    return found
+
+
+if __name__ == "__main__":
+    problems = complaints()
+    print("\n".join(problems) or "mirror: ok")
+    sys.exit(bool(problems))

@@ -1,0 +1,70 @@
+"""The checks that ``make lint`` runs, once more as tests; and that each of them can fail."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts import check_layers, check_mirror, check_tree
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("check", [check_layers, check_mirror, check_tree], ids=lambda check: check.__name__)
+def test_nothing_to_complain_about(check) -> None:  # type: ignore[no-untyped-def]
+    assert check.complaints(ROOT) == []
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what the checks look at."""
+    for part in ("nbdbm", "tests"):
+        shutil.copytree(
+            ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", ".mypy_cache")
+        )
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("nbd/messages.py", "import asyncio"),
+        ("nbd/messages.py", "from nbdbm.qcow2 import header"),
+        ("qcow2/header.py", "import os.path"),
+        ("bitmaps/dirty.py", "from nbdbm.image.image import Image"),
+        ("image/image.py", "from nbdbm.nbd.constants import Cmd"),
+        ("server/server.py", "from nbdbm import image"),
+        ("errors.py", "def f():\n    import nbdbm.extents"),
+        ("exports.py", "from . import errors"),
+    ],
+)
+def test_a_wrong_import_is_found(tree: Path, module: str, line: str) -> None:
+    path = tree / "nbdbm" / module
+    path.write_text(path.read_text() + f"\n{line}\n")
+    (complaint,) = check_layers.complaints(tree)
+    assert complaint.startswith(f"nbdbm/{module}:")
+
+
+def test_a_module_without_a_test_is_found(tree: Path) -> None:
+    (tree / "nbdbm/image/lonely.py").write_text("X = 1\n")
+    (complaint,) = check_mirror.complaints(tree)
+    assert "nbdbm/image/lonely.py" in complaint
+    assert "tests/image/test_lonely.py" in complaint
+
+
+def test_a_test_of_nothing_is_found(tree: Path) -> None:
+    (tree / "tests/image/test_gone.py").write_text("def test_x():\n    pass\n")
+    (complaint,) = check_mirror.complaints(tree)
+    assert "tests/image/test_gone.py" in complaint
+
+
+def test_a_tree_in_the_readme_that_is_not_the_tree_is_found(tree: Path) -> None:
+    (tree / "nbdbm/image/lonely.py").write_text("X = 1\n")
+    (tree / "nbdbm/errors.py").unlink()
+    complaints = check_tree.complaints(tree)
+    assert len(complaints) == 2
+    assert any("nbdbm/image/lonely.py" in complaint for complaint in complaints)
+    assert any("nbdbm/errors.py" in complaint for complaint in complaints)
