@@ -67,7 +67,11 @@ def main() -> int:
         try:
             wait_for(path, server, log)
             print(indented(log.read_text()))
-            asyncio.run(tour(NbdUri.unix(str(path)), expected, check))
+            uri = NbdUri.unix(str(path))
+            asyncio.run(tour(uri, expected, check))
+            say(f"The same for people who would rather look:\n\n  $ nbdbm map --picture '{uri}'\n")
+            shown = subprocess.run([sys.executable, "-m", "nbdbm", "map", "--picture", str(uri)], check=False)
+            check.same("the picture was drawn", shown.returncode, 0)
         finally:
             server.terminate()
             status = server.wait(timeout=PATIENCE)
