@@ -210,12 +210,14 @@ class Reader:
 
     async def _cluster(self, piece: Packed) -> bytes:
         """The whole cluster of a piece, kept: neighbouring small reads are likely to want it."""
-        assert piece.layer.map is not None
+        clusters = piece.layer.map
+        assert clusters is not None
 
         async def load() -> bytes:
             return (await self._unpack([piece]))[0]
 
-        return await self._clusters.load(piece.layer.map.tag + piece.guest, load)
+        number = piece.guest >> clusters.geometry.cluster_bits
+        return await self._clusters.load(clusters.tag + number, load)
 
     async def _unpack(self, batch: list[Packed]) -> list[bytes]:
         """Read and decompress whole clusters of one layer."""
