@@ -39,6 +39,11 @@ ENTRY = struct.Struct(">QIIBBHI")
 FLAGS_AT = 12
 """Where an entry's flags are, from its start: 4 bytes, 4-aligned, so never torn by a sector's end."""
 
+# Plain numbers: an operation on an IntFlag costs a microsecond, and a directory has up to 65535 entries.
+_IN_USE = BitmapFlag.IN_USE.value
+_AUTO = BitmapFlag.AUTO.value
+_EXTRA_DATA_COMPATIBLE = BitmapFlag.EXTRA_DATA_COMPATIBLE.value
+
 
 class BitmapsExtension(NamedTuple):
     """The data of the bitmaps header extension; bytes."""
@@ -168,12 +173,12 @@ class DirectoryEntry(NamedTuple):
     @property
     def in_use(self) -> bool:
         """Not saved since it was last opened for writing: metadata and bits may be outdated."""
-        return bool(self.flags & BitmapFlag.IN_USE)
+        return bool(self.flags & _IN_USE)
 
     @property
     def auto(self) -> bool:
         """The bitmap is enabled: every write must be recorded in it."""
-        return bool(self.flags & BitmapFlag.AUTO)
+        return bool(self.flags & _AUTO)
 
     @property
     def granularity(self) -> int:
@@ -209,7 +214,7 @@ class DirectoryEntry(NamedTuple):
             return f"its type is {self.type} (only 1, dirty tracking, is known)"
         if reserved := self.flags & ~KNOWN_BITMAP_FLAGS:
             return f"reserved flags are set ({reserved:#x})"
-        if self.extra_data and not self.flags & BitmapFlag.EXTRA_DATA_COMPATIBLE:
+        if self.extra_data and not self.flags & _EXTRA_DATA_COMPATIBLE:
             return f"it has {len(self.extra_data)} bytes of extra data that only other programs understand"
         if not MIN_GRANULARITY_BITS <= self.granularity_bits <= MAX_GRANULARITY_BITS:
             return f"granularity_bits is {self.granularity_bits} (9 to 31 are allowed)"

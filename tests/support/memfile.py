@@ -30,15 +30,12 @@ class MemoryFile:
 
     def __init__(self, data: bytes = b"", *, path: str = "memory.qcow2", writable: bool = True) -> None:
         self.data = bytearray(data)
+        self.size = len(data)
         self.path = path
         self.writable = writable
         self.closed = False
         self.log: list[Operation] = []
         self.before: Callable[[Operation], None] | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
 
     def count(self, kind: Kind) -> int:
         """How often there was an operation of this kind."""
@@ -65,18 +62,25 @@ class MemoryFile:
         view[:] = bytes(self.data[offset : offset + len(view)]).ljust(len(view), b"\0")
         return True
 
-    async def data_run(self, offset: int, length: int) -> tuple[bool, int]:
-        return True, length
+    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
+        assert length > 0 and limit > 0
+        inside = min(length, max(0, self.size - offset))
+        runs = [(True, inside), (False, length - inside)]
+        return [run for run in runs if run[1]][:limit]
 
     def _put(self, offset: int, data: bytes) -> None:
         self.data.extend(bytes(max(0, offset + len(data) - len(self.data))))
         self.data[offset : offset + len(data)] = data
+        self.size = len(self.data)
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         await self._begin(Operation("pwrite", offset, len(data), bytes(data)))
         self._put(offset, bytes(data))
 
-    async def zero(self, offset: int, length: int, *, punch: bool) -> None:
+    def try_pwrite(self, offset: int, data: memoryview) -> bool:
+        return False
+
+    async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
         await self._begin(Operation("zero", offset, length))
         self._put(offset, bytes(length))
 
@@ -89,6 +93,7 @@ class MemoryFile:
         await self._begin(Operation("truncate", size))
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
+        self.size = size
 
     async def sync(self) -> None:
         await self._begin(Operation("sync"))

@@ -177,7 +177,7 @@ class _Layout:
     def bitmaps(self) -> bytes:
         """Lay out bitmap data, tables and directory; return the header extension's data."""
         image = self.image
-        directory = b""
+        directory = bytearray()
         for bitmap in image.bitmaps:
             table = bitmap.table
             if table is None:
@@ -203,7 +203,7 @@ class _Layout:
         directory += image.directory_padding
         size = len(directory) if image.directory_size is None else image.directory_size
         count = len(image.bitmaps) if image.nb_bitmaps is None else image.nb_bitmaps
-        return struct.pack(">IIQQ", count, 0, size, self.allocate(directory))
+        return struct.pack(">IIQQ", count, 0, size, self.allocate(bytes(directory)))
 
     def bitmap_cluster(self, data: bytes) -> int:
         if not any(data):
