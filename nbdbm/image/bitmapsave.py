@@ -70,7 +70,7 @@ class BitmapSaver:
         store = self._store
         if store.extension is None and self.header.autoclear_features & AutoclearFeature.BITMAPS:
             # The directory cannot be walked, so nothing in it can be told that it is missing writes.
-            kept = self.header.autoclear_features & ~AutoclearFeature.BITMAPS
+            kept = self.header.autoclear_features & ~int(AutoclearFeature.BITMAPS)
             self.header = await rewrite_header(self._file, replace(self.header, autoclear_features=kept))
         states = (BitmapState.VALID, BitmapState.REFUSED)
         arming = [s for s in store.stored if s.tracked.state in states and not s.entry.in_use]
@@ -129,7 +129,7 @@ class BitmapSaver:
                     entries.append(await self._save(bitmap, stored, new, old))
             if self._only_flags(entries):
                 # Nothing moved: the flags are all that is to be changed, and each is whole in a sector.
-                await self._rewrite_flags([known[b] for b in saving], lambda f: f & ~BitmapFlag.IN_USE)
+                await self._rewrite_flags([known[b] for b in saving], lambda f: f & ~int(BitmapFlag.IN_USE))
             else:
                 await self._switch(order, entries, new, old)
         except BaseException:
@@ -220,7 +220,7 @@ class BitmapSaver:
         else:
             place, after = 0, None
             header = header.without_extension(ExtensionType.BITMAPS)
-            features &= ~AutoclearFeature.BITMAPS
+            features &= ~int(AutoclearFeature.BITMAPS)
         await self._metadata.flush()
         # Disk: bits, tables and directory, complete and counted, and nothing leads to them. The old
         # directory holds, with IN_USE.

@@ -29,7 +29,7 @@ from nbdbm.bitmaps.tracker import (
     Step,
     TrackedBitmap,
 )
-from nbdbm.errors import BitmapError, FormatError
+from nbdbm.errors import BitmapError, FormatError, ImageError
 from nbdbm.image.blockfile import BlockFile
 from nbdbm.qcow2.bitmapdir import (
     BitmapsExtension,
@@ -163,6 +163,39 @@ class BitmapStore:
             self._entries[tracked] = entry
             offset += entry.packed_size
         self.tracker.attach(*(stored.tracked for stored in self.stored))
+
+    def reopen(self, fresh: BitmapStore) -> None:
+        """Become writable, given what the disk says now.
+
+        No bitmap keeps a mark of having been read-only, inconsistent ones have none to begin with.
+
+        Raises:
+            BitmapError: the directory has changed since it was loaded: somebody else has been writing, so
+                nothing that is in memory can be relied on.
+        """
+        for now, then in zip(fresh.stored, self.stored, strict=False):
+            if now.entry.in_use and then.tracked.usable:
+                raise BitmapError(
+                    then.tracked.name,
+                    "is in use on disk, but was consistent when it was opened read-only: somebody else has"
+                    " been writing to the image; open it anew",
+                )
+        if [s.entry for s in fresh.stored] != [s.entry for s in self.stored]:
+            raise ImageError(
+                self._file.path,
+                "the bitmap directory has changed since it was opened read-only: somebody else has been"
+                " writing to the image; open it anew",
+            )
+        self.tracker.apply(Step.REOPEN_WRITABLE, *self.tracker)
+        self.extension = fresh.extension
+        self.replace(
+            [s._replace(offset=now.offset) for s, now in zip(self.stored, fresh.stored, strict=True)]
+        )
+        self._recent.clear()  # what records changes must not be dropped
+
+    def reopen_read_only(self) -> None:
+        """Become read-only; every bitmap has been stored."""
+        self.tracker.apply(Step.REOPEN_READ_ONLY, *self.tracker)
 
     def replace(self, stored: list[StoredBitmap]) -> None:
         """Take note of what the directory on disk says now."""

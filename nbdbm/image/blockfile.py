@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from nbdbm.errors import ImageError
-from nbdbm.image.locks import lock
+from nbdbm.image.locks import lock, unlock
 
 T = TypeVar("T")
 
@@ -103,6 +103,12 @@ class HostFile(BlockFile, Protocol):
 
     def lock(self, *, writable: bool, force_share: bool) -> str | None:
         """Take the image locks, see ``locks.lock``."""
+
+    def reopen(self, *, writable: bool) -> None:
+        """Open the same file anew for reading, or for writing too, and take the image locks for that.
+
+        No call may be under way. Raises ImageError, and nothing has changed then.
+        """
 
 
 # -- a real file -------------------------------------------------------------------------------
@@ -206,6 +212,28 @@ class ThreadedFile:
     def lock(self, *, writable: bool, force_share: bool) -> str | None:
         """Take the image locks, see ``locks.lock``."""
         return lock(self.fd, self.path, writable=writable, force_share=force_share)
+
+    def reopen(self, *, writable: bool) -> None:
+        """Open the same file anew, see HostFile."""
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            new = os.open(f"/proc/self/fd/{self.fd}", flags)
+        except OSError as error:
+            raise ImageError(
+                self.path, f"cannot be opened anew: {error.strerror}", errno=error.errno
+            ) from error
+        try:
+            # Our own locks stand in the way of the new ones; they end with the old descriptor otherwise.
+            unlock(self.fd)
+            try:
+                lock(new, self.path, writable=writable)
+            except BaseException:
+                lock(self.fd, self.path, writable=self.writable)
+                raise
+            os.dup2(new, self.fd, inheritable=False)
+        finally:
+            os.close(new)
+        self.writable = writable
 
     # -- reading -------------------------------------------------------------------------------
 

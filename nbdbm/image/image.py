@@ -105,7 +105,12 @@ class Image:
     """
 
     def __init__(
-        self, layers: list[Layer], store: BitmapStore | None, cache: TableCache, notices: list[str]
+        self,
+        layers: list[Layer],
+        store: BitmapStore | None,
+        cache: TableCache,
+        notices: list[str],
+        options: OpenOptions,
     ) -> None:
         """Use ``open``."""
         top = layers[0]
@@ -124,6 +129,7 @@ class Image:
         """The active layer's bitmaps; empty for raw images and for snapshots."""
         self.notices = notices
         """What the user should hear about although the image is served."""
+        self._options = options
         self._layers = layers
         self._store = store
         self._cache = cache
@@ -168,7 +174,7 @@ class Image:
                 if options.snapshot is None:
                     store = await BitmapStore.load(top.file, top.header, top.size, writable=writable)
                     notices += store.notices
-            image = cls(layers, store, cache, notices)
+            image = cls(layers, store, cache, notices, options)
             if writable:
                 await image._begin_writing(options)
             return image
@@ -205,6 +211,47 @@ class Image:
                 raw_data=top.header.raw_data_file,
             )
         self.read_only = False
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Change between reading and writing. No call may be under way.
+
+        Towards writing: IN_USE is set for the consistent bitmaps, as by ``open``. Towards reading: the
+        bitmaps are stored, as by ``close``.
+
+        Raises:
+            ImageError, BitmapError: it is refused (a snapshot, somebody else's lock, a changed directory),
+                or failed; the image is then as it was, or, if storing failed, read-only.
+        """
+        if read_only == self.read_only:
+            return
+        files = [f for f in (self._layers[0].file, self._layers[0].data_file) if f is not None]
+        if read_only:
+            side, self._side = self._side, None
+            assert side is not None
+            self.read_only = True
+            await self._finish(side)
+            self._metadata = self._saver = None
+            if self._store is not None:
+                self._store.reopen_read_only()
+            for file in files:
+                file.reopen(writable=False)
+            return
+        if self._options.snapshot is not None or self._options.force_share:
+            raise ImageError(self.path, "was opened in a way that allows reading only", errno=errno.EROFS)
+        try:
+            for file in files:
+                file.reopen(writable=True)
+            if self._store is not None:
+                top = self._layers[0]
+                await prepare(top, self.notices)
+                assert top.header is not None
+                self._store.reopen(await BitmapStore.load(top.file, top.header, top.size, writable=True))
+            await self._begin_writing(self._options)
+        except BaseException:
+            for file in files:
+                if file.writable:
+                    file.reopen(writable=False)
+            raise
 
     @property
     def chain(self) -> Sequence[LayerInfo]:
@@ -370,7 +417,10 @@ class Image:
         if self._metadata is None or self._saver is None:
             return
         await self._metadata.drain()
-        await self._saver.store()
+        try:
+            await self._saver.store()
+        finally:
+            self.header = self._layers[0].header = self._saver.header
         if self._metadata.dirty:
             await self._metadata.flush()  # counts of what was freed last
 

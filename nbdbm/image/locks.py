@@ -12,6 +12,7 @@ read locks, so nobody ever waits, and a read-only descriptor is enough. They end
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -69,6 +70,13 @@ def lock(fd: int, path: str, *, writable: bool, force_share: bool = False) -> st
             raise LockedError(path, "locked as a whole by another program") from error
         raise
     return None
+
+
+def unlock(fd: int) -> None:
+    """Give back all image locks of this descriptor."""
+    for start in (HELD, NOT_SHARED):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, RESIZE + 1, 0))
 
 
 def _holder(fd: int, start: int) -> int:
