@@ -62,9 +62,11 @@ def test_a_test_of_nothing_is_found(tree: Path) -> None:
 
 
 def test_a_tree_in_the_readme_that_is_not_the_tree_is_found(tree: Path) -> None:
-    (tree / "nbdbm/image/lonely.py").write_text("X = 1\n")
+    (tree / "nbdbm/image/lonely.py").write_text('"""What is alone."""\n')
     (tree / "nbdbm/errors.py").unlink()
     complaints = check_tree.complaints(tree)
     assert len(complaints) == 2
-    assert any("nbdbm/image/lonely.py" in complaint for complaint in complaints)
-    assert any("nbdbm/errors.py" in complaint for complaint in complaints)
+    assert any("lonely.py" in complaint and "What is alone" in complaint for complaint in complaints)
+    assert any("errors.py" in complaint for complaint in complaints)
+    check_tree.write(tree)
+    assert check_tree.complaints(tree) == []
