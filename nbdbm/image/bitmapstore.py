@@ -8,9 +8,8 @@ What is wrong costs as little service as it can:
     IN_USE                            that bitmap is inconsistent; its table and bits are never looked at
     bits that cannot be read          BitmapError for who asks for them; asked again, tried again
 
-The image's data is served in every case. (QEMU opens no image whose directory, or any
-entry of it, is broken.) Entries are kept verbatim, so that rewriting the directory keeps those we do not
-understand.
+The image's data is served in every case. (QEMU opens no image whose directory, or any entry of it, is
+broken.) Entries are kept verbatim, so that rewriting the directory keeps those we do not understand.
 """
 
 from __future__ import annotations
