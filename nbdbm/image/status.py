@@ -15,6 +15,7 @@ into the file for every cluster is slow, so, like QEMU, it is done only where su
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import sys
 from array import array
@@ -75,6 +76,10 @@ class Run(NamedTuple):
     """0 unallocated in every layer, 1 allocated in the active layer, n in the n-th layer down."""
 
 
+Verdict = tuple[bool, bool, int]
+"""A Run but for its length."""
+
+
 class StatusWalker:
     """Walks the disk that a chain of layers makes up."""
 
@@ -103,14 +108,14 @@ class StatusWalker:
         while todo:
             place, at, size = todo.pop()
             if place < 0:
-                collected.add(size, *_judge(at & 3, at >> 2))
+                collected.add(size, _verdicts(at >> 2)[at & 3])
                 continue
             if (budget <= 0 or len(collected.runs) >= CALL_RUNS) and collected:
                 break
             layer = layers[place]
             if at >= layer.size:
                 # Zeroes past a short layer's end count as its own.
-                collected.add(size, False, True, place + 1)
+                collected.add(size, _verdicts(place + 1)[ZERO])
                 continue
             inside = min(size, layer.size - at)
             try:
@@ -120,13 +125,15 @@ class StatusWalker:
                     break  # the next call begins here, and raises
                 raise
             budget -= slices
+            await asyncio.sleep(0)  # lets other requests in between
             covered = sum(length for length, _ in states)
             if covered < size:
                 todo.append((place, at + covered, size - covered))
             last = place + 1 == len(layers)
             if last or all(state for _, state in states):
+                verdicts = _verdicts(place + 1)
                 for part, state in states:
-                    collected.add(part, *_judge(state, place + 1))
+                    collected.add(part, verdicts[state])
                 continue
             end = at + covered
             for part, state in reversed(states):
@@ -177,29 +184,30 @@ class StatusWalker:
 class _Runs:
     """Runs under construction, neighbours merged."""
 
-    __slots__ = ("_data", "_depth", "_length", "_zero", "runs")
+    __slots__ = ("_length", "_verdict", "runs")
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
         """Complete ones; the last is still growing."""
         self._length = 0
-        self._data = self._zero = False
-        self._depth = -1
+        self._verdict: Verdict = (False, False, -1)
 
     def __bool__(self) -> bool:
         return self._length > 0
 
-    def add(self, length: int, data: bool, zero: bool, depth: int) -> None:
-        if data == self._data and zero == self._zero and depth == self._depth:
+    def add(self, length: int, verdict: Verdict) -> None:
+        """Describe the next ``length`` bytes."""
+        if verdict == self._verdict:
             self._length += length
             return
         if self._length:
-            self.runs.append(Run(self._length, self._data, self._zero, self._depth))
-        self._length, self._data, self._zero, self._depth = length, data, zero, depth
+            self.runs.append(Run(self._length, *self._verdict))
+        self._length, self._verdict = length, verdict
 
     def finish(self) -> list[Run]:
+        """All runs."""
         if self._length:
-            self.runs.append(Run(self._length, self._data, self._zero, self._depth))
+            self.runs.append(Run(self._length, *self._verdict))
         return self.runs
 
 
@@ -246,11 +254,10 @@ class _FileCursor:
         return states, work
 
 
-def _judge(state: int, depth: int) -> tuple[bool, bool, int]:
-    """What a Run says of a state in the layer at ``depth``: (data, zero, depth)."""
-    if state == UNALLOCATED:
-        return False, True, 0
-    return state >= DATA, state != DATA, depth
+@functools.cache
+def _verdicts(depth: int) -> tuple[Verdict, ...]:
+    """By state: what a Run says of it in the layer at ``depth``."""
+    return (False, True, 0), (False, True, depth), (True, False, depth), (True, True, depth)
 
 
 def _slice_states(
