@@ -1,0 +1,222 @@
+"""Running a workload on recorded files, and judging what power failures leave of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nbdbm.errors import ImageError
+from nbdbm.image.blockfile import HostFile, ThreadedFile
+from nbdbm.image.check import check
+from nbdbm.image.image import Image, OpenOptions
+from tests.crash.scenarios import BACKING, DATA_FILE, IMAGE, Action, Kind, Workload
+from tests.support.guestmodel import GuestModel
+from tests.support.powercut import CrashFile, CrashState, PowerCutFile, Scratch, Timeline
+from tests.support.qemu import SYSTEM, run
+
+CLEAN = (0, 3)
+"""Exit statuses of qemu-img check: no errors, leaks only."""
+READING = OpenOptions(read_only=True)
+WRITING = OpenOptions(read_only=False)
+
+
+@dataclass
+class Recording:
+    """One run: the timeline, what the guest did, and where the files belong."""
+
+    kind: Kind
+    timeline: Timeline
+    model: GuestModel
+    files: list[PowerCutFile]
+    failures: list[str] = field(default_factory=list)
+    """Requests that were answered with an error, with the error."""
+
+    def states(self, **options: object) -> Iterator[CrashState]:
+        """Crash states, see ``Timeline.states``."""
+        return self.timeline.states(**options)  # type: ignore[arg-type]
+
+
+def opener(files: Iterable[HostFile]) -> Callable[[str, bool], HostFile]:
+    """Opens ``files`` by their names, and everything else (backing files) on the host."""
+    known = {os.path.basename(file.path): file for file in files}
+
+    def open_file(path: str, writable: bool) -> HostFile:
+        file = known.get(os.path.basename(path))
+        return ThreadedFile.open(path, writable=writable) if file is None else file
+
+    return open_file
+
+
+def load(kind: Kind, place: Path, *, seed: int | None = None, garbage: bool = True) -> Recording:
+    """Recorded files with the content of the image that ``kind.make`` made in ``place``."""
+    timeline = Timeline(garbage=garbage)
+    rng = None if seed is None else random.Random(seed)
+    names = [IMAGE, DATA_FILE] if kind.data_file else [IMAGE]
+    files = [
+        PowerCutFile(timeline, (place / name).read_bytes(), path=str(place / name), rng=rng) for name in names
+    ]
+    return Recording(kind, timeline, GuestModel(timeline, kind.size, kind.content()), files)
+
+
+async def perform(image: Image, action: Action) -> None:
+    """One request."""
+    match action.kind:
+        case "write":
+            await image.write(action.offset, memoryview(action.data), fua=action.fua)
+        case "zeroes":
+            await image.write_zeroes(action.offset, action.length, no_hole=action.no_hole, fua=action.fua)
+        case "trim":
+            await image.trim(action.offset, action.length, fua=action.fua)
+        case "flush":
+            await image.flush()
+
+
+async def play(
+    recording: Recording,
+    workload: Workload,
+    *,
+    wrap: Callable[[HostFile], HostFile] = lambda file: file,
+    options: OpenOptions = WRITING,
+    close: bool = True,
+    during: Callable[[Image], Awaitable[None]] | None = None,
+) -> None:
+    """Open the image for writing, run the workload on it, and close it.
+
+    ``wrap`` may put something (faults) between the engine and the files. A request that fails is noted
+    in ``failures``; its outcome is open, as far as the model is concerned.
+    """
+    image = await Image.open(recording.files[0].path, options, opener(wrap(f) for f in recording.files))
+
+    async def request(action: Action) -> None:
+        data = action.data if action.kind == "write" else b""
+        op = recording.model.begin(action.kind, action.offset, action.length, data=data, fua=action.fua)
+        try:
+            await perform(image, action)
+        except (OSError, ImageError) as error:
+            recording.failures.append(f"{op}: {error}")
+        else:
+            recording.model.end(op)
+
+    for group in workload.groups:
+        await asyncio.gather(*(request(action) for action in group))
+    if during is not None:
+        await during(image)
+    if close:
+        for file in recording.files:
+            file.close = lambda: None  # type: ignore[method-assign]
+        await image.close()
+
+
+async def read_disk(image: Image) -> bytes:
+    """The whole disk."""
+    disk = bytearray(image.size)
+    await image.read_into(memoryview(disk), 0)
+    return bytes(disk)
+
+
+async def judge(recording: Recording, state: CrashState, *, reopen: bool = False) -> list[str]:
+    """What is wrong with the state; empty if nothing.
+
+    It must open, hold what was promised and nothing else, be sound but for leaks, and have no bitmap that
+    claims to be true and has missed something. With ``reopen`` all that again after it was opened for
+    writing, which repairs what needs repair, and closed. The state is changed by that.
+    """
+    problems = await _judge_once(recording, state)
+    if reopen and not problems:
+        try:
+            image = await Image.open(recording.files[0].path, WRITING, opener(_unclosed(state)))
+            await image.close()
+        except (OSError, ImageError) as error:
+            return [f"does not open for writing: {error}"]
+        problems = [f"after opening for writing: {p}" for p in await _judge_once(recording, state)]
+    return problems
+
+
+def _unclosed(state: CrashState) -> list[CrashFile]:
+    for file in state.files:
+        file.closed = False
+    return state.files
+
+
+async def _judge_once(recording: Recording, state: CrashState) -> list[str]:
+    problems = []
+    try:
+        image = await Image.open(recording.files[0].path, READING, opener(_unclosed(state)))
+    except ImageError as error:
+        return [f"does not open: {error}"]
+    try:
+        disk = await read_disk(image)
+        problems += recording.model.content_violations(state.tick, lambda o, n: disk[o : o + n])
+        for bitmap in image.tracker.usable():
+            if bitmap.enabled:
+                missed = recording.model.false_clean(state.tick, await image.bits(bitmap.name))
+                problems += [f"bitmap {bitmap.name}: granule at {at:#x} is falsely clean" for at in missed]
+        assert image.header is not None
+        if not image.header.dirty:
+            report = await check(state.files[0], image.header)
+            if report.corruptions or report.check_errors:
+                problems += report.problems
+    except (OSError, ImageError) as error:
+        problems.append(f"cannot be read: {error}")
+    finally:
+        await image.close()
+    return problems
+
+
+class OutsideJudge:
+    """qemu-img check on crash states; leaks are permitted, corruption is not."""
+
+    def __init__(self, place: Path, recording: Recording) -> None:
+        place.mkdir()
+        if recording.kind.backing:
+            os.symlink(Path(recording.files[0].path).with_name(BACKING), place / BACKING)
+        self._scratch = [Scratch(place / os.path.basename(file.path)) for file in recording.files]
+
+    def check(self, state: CrashState) -> list[str]:
+        """What qemu-img check calls corrupt."""
+        paths = [scratch.show(file) for scratch, file in zip(self._scratch, state.files, strict=True)]
+        target = ["-f", "qcow2", str(paths[0])]
+        if len(paths) > 1:
+            names = f"driver=qcow2,file.filename={paths[0]},data-file.filename={paths[1]}"
+            target = ["--image-opts", names]
+        done = run(SYSTEM.argv("qemu-img", "check", *target), check=False)
+        return [] if done.returncode in CLEAN else [done.stdout + done.stderr]
+
+
+@dataclass
+class Verdict:
+    """How many states were judged, and the first few that were found bad."""
+
+    states: int = 0
+    bad: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, state: CrashState, problems: list[str]) -> None:
+        """Count one state."""
+        self.states += 1
+        if problems:
+            self.bad += 1
+            if len(self.examples) < 3:
+                self.examples.append("\n".join([str(state), *problems]))
+
+
+async def judge_all(
+    recording: Recording,
+    states: Iterable[CrashState],
+    *,
+    outside: OutsideJudge | None = None,
+    every: int = 50,
+    reopen: bool = True,
+) -> Verdict:
+    """Judge each state; every ``every``-th also by ``outside``, every fifth also opened for writing."""
+    verdict = Verdict()
+    for state in states:
+        problems = await judge(recording, state, reopen=reopen and verdict.states % 5 == 0)
+        if outside is not None and verdict.states % every == 0:
+            problems += outside.check(state)
+        verdict.add(state, problems)
+    return verdict
