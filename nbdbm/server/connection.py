@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -33,13 +34,17 @@ MAX_BYTES = 64 * 1024 * 1024
 """Memory of one connection's commands and unsent replies, bytes: two of the largest requests there are, so
 that one can be carried out while the other's reply is sent. A single command always may start."""
 
-BATCH_BYTES = 1024 * 1024
+BATCH_BYTES = 256 * 1024
 """Replies gathered before they are sent, bytes: further commands start when these are on their way, so the
-client works on the one while we work on the other, and other connections get their turn."""
+client works on the one while we work on the other, and other connections get their turn. Of 1 MiB, four
+reads of 256 KiB were served at half the rate, since client and server took turns."""
 
 JOIN_BELOW = 32 * 1024
-"""Pieces of replies below this size are joined to one send, in bytes; copying larger ones costs more than
-the system call saved."""
+"""Pieces of replies below this size are joined to one write, in bytes; copying larger ones costs more than
+the call saved."""
+
+MAX_PIECES = 1024
+"""Pieces that one system call sends: IOV_MAX."""
 
 LINGER = 30.0
 """Seconds without progress after which a client is cut off that has said goodbye, whose requests all are
@@ -53,8 +58,10 @@ class NbdConnection(asyncio.BufferedProtocol):
     has started may be changing metadata. The server is told by ``forget`` once nothing of it is left.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, sock: socket.socket | None = None) -> None:
+        """``sock``: the transport's own socket, if what is written to it goes out as it is (no TLS)."""
         self._server = server
+        self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._protocol = ServerProtocol(server.registry)
         self._transport: asyncio.Transport | None = None
@@ -260,6 +267,9 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _write(self, pieces: list[bytes | memoryview]) -> None:
         transport = cast(asyncio.Transport, self._transport)
+        if pieces and self._socket is not None and not transport.get_write_buffer_size():
+            # Nothing of the transport's is before these: one call, and no copy, for all of them.
+            pieces = send_now(self._socket, pieces)
         small: list[bytes | memoryview] = []
         for piece in pieces:
             if len(piece) < JOIN_BELOW:
@@ -310,3 +320,24 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._running:
             self._release()
             self._server.forget(self)
+
+
+def send_now(sock: socket.socket, pieces: list[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Send what the socket takes without waiting; return the rest.
+
+    Errors are left to the transport: it meets them with the rest, and closes.
+    """
+    at = 0
+    while at < len(pieces):
+        batch = pieces[at : at + MAX_PIECES]
+        try:
+            sent = sock.sendmsg(batch)
+        except OSError:
+            break
+        at += len(batch)
+        if sent < sum(map(len, batch)):
+            for index, piece in enumerate(batch):
+                if sent < len(piece):
+                    return [memoryview(piece)[sent:], *batch[index + 1 :], *pieces[at:]]
+                sent -= len(piece)
+    return pieces[at:]

@@ -122,13 +122,13 @@ class Server:
     async def _connect(self, sock: socket.socket) -> None:
         try:
             prepare(sock)
-            await asyncio.get_running_loop().connect_accepted_socket(self._new_connection, sock)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: self._new_connection(sock), sock)
         except OSError as error:
             log.debug("a client was gone before it was served: %s", error)
             sock.close()
 
-    def _new_connection(self) -> NbdConnection:
-        connection = NbdConnection(self)
+    def _new_connection(self, sock: socket.socket) -> NbdConnection:
+        connection = NbdConnection(self, sock)
         self._connections.add(connection)
         self._empty.clear()
         return connection

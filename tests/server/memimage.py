@@ -52,6 +52,7 @@ class MemoryImage:
         self.size = len(content)
         self.cluster_size = cluster_size
         self.path = path
+        self.read_only = True
         self.notices: list[str] = []
         self.gate: asyncio.Event | None = None
         self.failures: dict[int, Exception] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import struct
 from pathlib import Path
 
@@ -163,6 +165,33 @@ def test_failures(tmp_path: Path, failure: Exception, error: int, caplog: pytest
     with caplog.at_level(logging.WARNING):
         run(main)
     assert "Read at 0 of 512 bytes failed" in caplog.text
+
+
+class TestSendNow:
+    """Pieces go out in order, whole or not at all twice."""
+
+    @pytest.mark.parametrize(
+        "pieces",
+        [[], [b"a"], [b"ab"] * 3000, [b"a", bytes(300_000), b"b", memoryview(bytes(5_000_000)), b"c", b"d"]],
+    )
+    def test_what_is_sent_and_the_rest_are_the_whole(self, pieces: list[bytes | memoryview]) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            rest = connection.send_now(ours, list(pieces))
+            got = b""
+            with contextlib.suppress(BlockingIOError):
+                while data := theirs.recv(1 << 20):
+                    got += data
+            assert got + b"".join(rest) == b"".join(pieces)
+            assert bool(rest) == (len(b"".join(pieces)) > 5_000_000)
+
+    def test_errors_are_the_transports(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours:
+            theirs.close()
+            assert connection.send_now(ours, [b"a", b"b"]) == [b"a", b"b"]
 
 
 class TestLimits:
