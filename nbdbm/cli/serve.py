@@ -263,7 +263,9 @@ def _pid_file(path: str | None) -> Iterator[None]:
 def _report(config: ServeConfig, image: Image, export: Export, listeners: list[Listener]) -> None:
     """Say what is served where (stdout, unless ``--run`` has that) and what is not (stderr)."""
     for notice in image.notices:
-        _say(f"{PROGRAM}: {config.image}: {notice}", err=True)
+        # Those about another file of the chain begin with its name.
+        named = notice if notice.startswith(f"{config.image}: ") else f"{config.image}: {notice}"
+        _say(f"{PROGRAM}: {named}", err=True)
     for bitmap in image.tracker.refused():
         _say(f"{PROGRAM}: {config.image}: bitmap {bitmap.name!r} is not served: {bitmap.refusal}", err=True)
         _say(f"{PROGRAM}: {config.image}: to remove it: {remedy(config.image, bitmap.name)}", err=True)

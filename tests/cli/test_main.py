@@ -1,0 +1,138 @@
+"""The command group: what errors look like, and what a start costs."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from nbdbm import __version__
+from nbdbm.cli import COMMANDS, LazyGroup, explain, main, printable
+from nbdbm.errors import ImageError, UsageError
+
+TIMEOUT = 50
+
+
+def python(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *argv],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def failing(error: BaseException, *argv: str) -> Result:
+    """Run a subcommand that raises ``error``."""
+
+    @click.command()
+    def command() -> None:
+        raise error
+
+    class Group(LazyGroup):
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+            return command
+
+    group = Group("nbdbm", params=list(main.params), callback=main.callback)
+    return CliRunner().invoke(group, [*argv, "command"])
+
+
+def test_version() -> None:
+    result = python("-m", "nbdbm", "--version")
+    assert (result.returncode, result.stdout) == (0, f"nbdbm {__version__}\n")
+
+
+def test_every_subcommand_is_where_the_table_says() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert name in result.output
+        assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
+
+
+def test_importing_the_group_is_cheap() -> None:
+    script = (
+        "import sys, nbdbm.cli; "
+        "heavy = ('asyncio', 'rich', 'bitarray', 'nbdbm.image.image', 'nbdbm.cli.serve'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = python("-c", script)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_serving_needs_no_decompressor_and_no_rich() -> None:
+    script = (
+        "import sys, nbdbm.cli.serve, nbdbm.exports, nbdbm.image.image, nbdbm.server.server; "
+        "heavy = ('rich', 'isal', 'backports.zstd', 'uvloop', 'multiprocessing'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = python("-c", script)
+    assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.parametrize("argv", [["frobnicate"], ["--frobnicate"], ["serve"], ["serve", "--port", "x", "i"]])
+def test_usage_errors(argv: list[str]) -> None:
+    result = CliRunner().invoke(main, argv)
+    assert result.exit_code == 2
+    assert "Usage:" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UsageError("cannot do this"), "nbdbm: cannot do this"),
+        (ImageError("a.qcow2", "l1_size is 0x5: too large"), "nbdbm: a.qcow2: l1_size is 0x5: too large"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "nbdbm: x: No such file or directory"),
+        (FileNotFoundError(2, "No such file", b"x\xff"), r"nbdbm: x\udcff: No such file"),
+        (OSError(5, "Broken", "a", None, "b"), "nbdbm: a: b: Broken"),
+        (OSError("bare"), "nbdbm: bare"),
+        (OSError(), "nbdbm: OSError"),
+        (ImageError("a\nb", "\x1b[31mred"), r"nbdbm: a\nb: \x1b[31mred"),
+    ],
+)
+def test_errors_are_one_line(error: Exception, line: str) -> None:
+    result = failing(error)
+    assert result.exit_code == 1
+    assert result.stderr == line + "\n"
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = failing(UsageError("cannot do this"), "--debug")
+    assert isinstance(result.exception, UsageError)
+
+
+def test_a_broken_pipe_is_quiet() -> None:
+    result = failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert result.exit_code == 1
+    assert result.output == ""
+
+
+@pytest.mark.parametrize(("argv", "status"), [([], 130), (["--debug"], 1)])
+def test_interrupted(argv: list[str], status: int) -> None:
+    result = failing(KeyboardInterrupt(), *argv)
+    assert result.exit_code == status
+    assert "Traceback" not in result.output
+
+
+def test_bugs_are_not_hidden() -> None:
+    assert isinstance(failing(ZeroDivisionError("bug")).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("plain é 日", "plain é 日"), ("a\tb\x07", r"a\tb\x07"), ("\udcff", r"\udcff"), ("‮", r"\u202e")],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_explain_names_both_files() -> None:
+    assert explain(OSError(18, "Invalid cross-device link", "from", None, "to")) == (
+        "from: to: Invalid cross-device link"
+    )
