@@ -25,6 +25,8 @@ DEFAULT_MAX_CONNECTIONS = 100
 connections each), while what all of them may hold in memory together stays within reason."""
 
 FORMATS = ("qcow2", "raw")
+DISCARD = ("unmap", "ignore")
+DETECT_ZEROES = ("off", "on", "unmap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,10 @@ class ServeConfig:
     no_backing: bool = False
     backing_root: str | None = None
     force_share: bool = False
+    discard: str = "unmap"
+    """``ignore``: trims do nothing, and zeroes keep their space."""
+    detect_zeroes: str = "off"
+    """What a write of nothing but zeroes becomes."""
     export_name: str = ""
     description: str = ""
     bitmaps: tuple[str, ...] | None = None
@@ -105,6 +111,14 @@ class ServeConfig:
         _check_text("--description", self.description)
         if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"--format {self.format}: formats are {', '.join(FORMATS)}")
+        if self.discard not in DISCARD:
+            raise UsageError(f"--discard {self.discard}: must be one of {', '.join(DISCARD)}")
+        if self.detect_zeroes not in DETECT_ZEROES:
+            raise UsageError(
+                f"--detect-zeroes {self.detect_zeroes}: must be one of {', '.join(DETECT_ZEROES)}"
+            )
+        if self.detect_zeroes == "unmap" and self.discard == "ignore":
+            raise UsageError("--detect-zeroes unmap excludes --discard ignore: it gives space back")
         if self.no_backing and self.backing_root is not None:
             raise UsageError("--no-backing excludes --backing-root: there would be nothing to confine")
         if self.run is not None and not self.run.strip():

@@ -62,6 +62,15 @@ READ_ONLY_FLAGS = (
 """What ``qemu-nbd -r`` advertises. FLUSH and FUA have nothing to do and so are kept trivially, but clients
 that require them would otherwise refuse; nothing is written, so connections cannot disagree."""
 
+WRITABLE_FLAGS = (
+    (READ_ONLY_FLAGS & ~TransmissionFlag.READ_ONLY)
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+"""All connections share one image, and a flush makes durable what was finished on any of them, so several
+connections may write (CAN_MULTI_CONN)."""
+
 _HOLE = int(AllocationFlag.HOLE)
 _ZERO = int(AllocationFlag.ZERO)
 
@@ -99,7 +108,7 @@ class Export:
             ExportInfo(
                 name=name,
                 size=image.size,
-                flags=READ_ONLY_FLAGS,
+                flags=READ_ONLY_FLAGS if image.read_only else WRITABLE_FLAGS,
                 description=description,
                 preferred_block=min(max(image.cluster_size, MIN_PREFERRED_BLOCK), MAX_PREFERRED_BLOCK),
                 contexts=tuple(contexts),
@@ -191,6 +200,18 @@ class Export:
             await self._image.read_sparse(scratch[:step], position)
             position += step
             await asyncio.sleep(0)
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Write all of ``data``; durable on return with ``fua``."""
+        await self._image.write(offset, data, fua=fua)
+
+    async def write_zeroes(self, offset: int, length: int, *, no_hole: bool, fast: bool, fua: bool) -> None:
+        """Make the range read as zeroes; ENOTSUP where ``fast`` was asked for and it would not be."""
+        await self._image.write_zeroes(offset, length, no_hole=no_hole, fast=fast, fua=fua)
+
+    async def trim(self, offset: int, length: int, *, fua: bool) -> None:
+        """Forget the range's content, where that gives space back."""
+        await self._image.trim(offset, length, fua=fua)
 
     async def flush(self) -> None:
         """Return once everything written before is on stable storage."""

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -19,14 +18,18 @@ from nbdbm.config import (
     DEFAULT_HOST,
     DEFAULT_MAX_CONNECTIONS,
     DEFAULT_PORT,
+    DETECT_ZEROES,
+    DISCARD,
     FORMATS,
     ListenConfig,
     ServeConfig,
     ServerConfig,
 )
-from nbdbm.errors import ImageError, UsageError
+from nbdbm.errors import UsageError
 
 if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
+
     from nbdbm.exports import Export
     from nbdbm.image.image import Image
     from nbdbm.server.listener import Listener
@@ -45,7 +48,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 )
 @click.option("-x", "--export-name", default="", metavar="NAME", help="Name of the export.  [default: empty]")
 @click.option("-D", "--description", default="", metavar="TEXT", help="What clients may show people.")
-@click.option("-r", "--read-only", is_flag=True, help="Change nothing; needed in this version.")
+@click.option("-r", "--read-only", is_flag=True, help="Refuse writes, and change nothing in any file.")
 @click.option(
     "-B",
     "--bitmap",
@@ -76,7 +79,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @click.option("-l", "--load-snapshot", metavar="NAME", help="Serve an internal snapshot (id or name).")
 @click.option("--no-backing", is_flag=True, help="Refuse an image that refers to other files.")
 @click.option("--backing-root", metavar="DIR", help="Refuse backing and data files outside of DIR.")
-@click.option("--force-share", is_flag=True, help="Read although another program may be writing.")
+@click.option(
+    "-U",
+    "--force-share",
+    is_flag=True,
+    help="With --read-only: read although another program may be writing.",
+)
+@click.option(
+    "--discard",
+    type=click.Choice(DISCARD),
+    default="unmap",
+    show_default=True,
+    help="Whether trims, and zeroes that may be holes, give space back.",
+)
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice(DETECT_ZEROES),
+    default="off",
+    show_default=True,
+    help="Turn writes of zeroes into zero clusters; unmap: into holes.",
+)
 @click.option("--pid-file", metavar="FILE", help="Hold the process ID here while serving.")
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
@@ -101,6 +123,8 @@ def serve(
     no_backing: bool,
     backing_root: str | None,
     force_share: bool,
+    discard: str,
+    detect_zeroes: str,
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
@@ -119,6 +143,8 @@ def serve(
         no_backing=no_backing,
         backing_root=backing_root,
         force_share=force_share,
+        discard=discard,
+        detect_zeroes=detect_zeroes,
         export_name=export_name,
         description=description,
         bitmaps=bitmaps or None,
@@ -128,8 +154,6 @@ def serve(
         listen=ListenConfig(socket=socket, host=bind, port=port),
         server=ServerConfig(max_connections=max_connections),
     )
-    if not config.read_only:
-        raise ImageError(image, "this version serves read-only; add --read-only")
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format=f"{PROGRAM}: %(message)s", force=True
     )
@@ -139,7 +163,7 @@ def serve(
 async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
     """Serve as configured until the end; return the exit status."""
     from nbdbm.exports import Export, ExportRegistry
-    from nbdbm.image.image import Image, OpenOptions
+    from nbdbm.image.image import DetectZeroes, Image, OpenOptions
     from nbdbm.server.listener import notify
     from nbdbm.server.server import Server
 
@@ -157,6 +181,8 @@ async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
                 no_backing=config.no_backing,
                 backing_root=config.backing_root,
                 force_share=config.force_share,
+                discard=config.discard == "unmap",
+                detect_zeroes=DetectZeroes(config.detect_zeroes),
             ),
         )
         try:
@@ -214,7 +240,7 @@ def _bound(config: ServeConfig, environ: MutableMapping[str, str]) -> Iterator[l
     from nbdbm.server.listener import bind, inherited
 
     listeners = inherited(environ)
-    directory: tempfile.TemporaryDirectory[str] | None = None
+    directory: TemporaryDirectory[str] | None = None
     try:
         if listeners and config.listen.given:
             raise UsageError(
@@ -223,7 +249,9 @@ def _bound(config: ServeConfig, environ: MutableMapping[str, str]) -> Iterator[l
         if not listeners:
             listen = config.listen
             if config.run is not None and not listen.given:
-                directory = tempfile.TemporaryDirectory(prefix="nbdbm-")
+                from tempfile import TemporaryDirectory  # with shutil and what it needs: a tenth of the start
+
+                directory = TemporaryDirectory(prefix="nbdbm-")
                 listen = ListenConfig(socket=os.path.join(directory.name, "socket"))
             listeners = [bind(listen)]
         yield listeners

@@ -135,16 +135,34 @@ async def _flush(event: Flush, context: Context) -> None:
     context.protocol.reply(event.cookie)
 
 
-async def _read_only(event: Write | WriteZeroes | Trim, context: Context) -> None:
-    """Exports are read-only and say so, hence the core has refused every change already."""
-    raise AssertionError(f"{describe(event)} reached a read-only export")
+async def _write(event: Write, context: Context) -> None:
+    fua = bool(event.flags and event.flags & CmdFlag.FUA)
+    await context.export.write(event.offset, event.data, fua=fua)
+    context.protocol.reply(event.cookie)
+
+
+async def _write_zeroes(event: WriteZeroes, context: Context) -> None:
+    flags = event.flags
+    await context.export.write_zeroes(
+        event.offset,
+        event.length,
+        no_hole=bool(flags & CmdFlag.NO_HOLE),
+        fast=bool(flags & CmdFlag.FAST_ZERO),
+        fua=bool(flags & CmdFlag.FUA),
+    )
+    context.protocol.reply(event.cookie)
+
+
+async def _trim(event: Trim, context: Context) -> None:
+    await context.export.trim(event.offset, event.length, fua=bool(event.flags & CmdFlag.FUA))
+    context.protocol.reply(event.cookie)
 
 
 HANDLERS: dict[type, Callable[[Any, Context], Awaitable[None]]] = {
     Read: _read,
-    Write: _read_only,
-    WriteZeroes: _read_only,
-    Trim: _read_only,
+    Write: _write,
+    WriteZeroes: _write_zeroes,
+    Trim: _trim,
     Cache: _cache,
     Flush: _flush,
     BlockStatus: _block_status,
