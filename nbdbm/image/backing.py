@@ -225,11 +225,21 @@ class ChainOpener:
         self._notices = notices
         self._seen: dict[tuple[int, int], str] = {}
         self._l1_total = 0
+        self._chain = True
 
     async def open(
-        self, path: str, format_: str | None, snapshot: str | None, *, writable: bool = False
+        self,
+        path: str,
+        format_: str | None,
+        snapshot: str | None,
+        *,
+        writable: bool = False,
+        chain: bool = True,
     ) -> list[Layer]:
         """The layers from the active one down; that one and its data file ``writable``.
+
+        Without ``chain`` the active one's own file is all that is opened: its metadata can be used then,
+        and no data can be read.
 
         Raises:
             ImageError: any file of the chain cannot be used; nothing stays open then.
@@ -237,8 +247,12 @@ class ChainOpener:
         layers: list[Layer] = []
         try:
             file = self._open_file(path, path, None, writable=writable)
+            self._chain = chain
             layers.append(await self._open_layer(file, format_ or await self._probe(file), 0, snapshot))
             while (header := layers[-1].header) is not None and header.backing_file is not None:
+                if not chain:
+                    self._confinement.check_reference(path, "backing file", header.backing_file)
+                    break
                 if len(layers) == MAX_CHAIN:
                     raise UnsupportedError(path, f"its backing chain has more than {MAX_CHAIN} layers")
                 layers.append(await self._open_backing(layers[-1].path, header, len(layers)))
@@ -365,7 +379,7 @@ class ChainOpener:
             layer.size = header.size if entry.disk_size is None else entry.disk_size
             entry.validate(layer.size, header.cluster_size, header.l2_entry_size, file.size)
             l1_offset, l1_size = entry.l1_table_offset, entry.l1_size
-        if header.has_data_file:
+        if header.has_data_file and self._chain:
             layer.data_file = self._open_data_file(file.path, header, writable=file.writable)
         layer.decompress = decompressor(header.compression_type)
 

@@ -82,6 +82,8 @@ class OpenOptions:
     """Trimmed and zeroed clusters are given back to the host; without it a trim does nothing."""
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     """What a write of nothing but zeroes becomes."""
+    chain: bool = True
+    """Open backing and data files too. Without them there are metadata and bitmaps, and no data."""
 
 
 class LayerInfo(NamedTuple):
@@ -150,6 +152,7 @@ class Image:
             ImageError: and its kin, naming file, field and value.
         """
         writable = not options.read_only
+        assert options.chain or not writable
         if writable and options.snapshot is not None:
             raise ImageError(
                 path, "a snapshot can be opened for reading only; say --read-only", errno=errno.EROFS
@@ -162,7 +165,9 @@ class Image:
             no_backing=options.no_backing, root=options.backing_root, force_share=options.force_share
         )
         opener = ChainOpener(confinement, cache, notices, open_file)
-        layers = await opener.open(path, options.format, options.snapshot, writable=writable)
+        layers = await opener.open(
+            path, options.format, options.snapshot, writable=writable, chain=options.chain
+        )
         try:
             top = layers[0]
             store = None
@@ -281,7 +286,7 @@ class Image:
 
     async def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` (bytes, writable, contiguous) from ``offset``. The view is not used afterwards."""
-        assert offset >= 0 and offset + len(view) <= self.size
+        assert self._options.chain and offset >= 0 and offset + len(view) <= self.size
         if self._metadata is None:
             await self._reader.read_into(view, offset)
             return
@@ -298,7 +303,7 @@ class Image:
         Returns consecutive (length, is_data) that cover ``view``; parts with is_data False read as
         zeroes and are NOT filled.
         """
-        assert offset >= 0 and offset + len(view) <= self.size
+        assert self._options.chain and offset >= 0 and offset + len(view) <= self.size
         if self._metadata is None:
             return await self._reader.read_sparse(view, offset)
         epoch = self._metadata.epochs.enter()
@@ -312,7 +317,7 @@ class Image:
 
         The work per call is bounded, so an answer may end early anywhere.
         """
-        assert offset >= 0 and length > 0 and offset + length <= self.size
+        assert self._options.chain and offset >= 0 and length > 0 and offset + length <= self.size
         return await self._status.status(offset, length)
 
     async def bits(self, name: str) -> DirtyBitmap:

@@ -354,3 +354,21 @@ def test_json_names_are_short_of_harm() -> None:
     """A name as long as a header may hold, of the worst shape."""
     name = "json:" + json.dumps({"driver": "qcow2", "file": {"filename": "x" * 900}})
     assert resolve("i", "backing file", name).path == "x" * 900
+
+
+def test_an_image_alone_needs_none_of_its_other_files(tmp_path: Path) -> None:
+    named = {"extensions": [(EXT_DATA_FILE, b"missing.data")], "incompatible": int(IncompatFeature.DATA_FILE)}
+    for path in (
+        make(tmp_path / "top.qcow2", backing="missing.qcow2", bitmaps=[qcow2build.Bitmap(b"monday")]),
+        make(tmp_path / "split.qcow2", bitmaps=[qcow2build.Bitmap(b"monday")], **named),
+    ):
+        assert "missing" in str(refusal(path))
+
+        async def look(image: Image) -> None:
+            assert len(image.chain) == 1
+            assert (await image.bits("monday")).count() == 0
+            with pytest.raises(AssertionError):
+                await image.read_into(memoryview(bytearray(1)), 0)
+
+        engine.use(path, look, chain=False)
+    assert "--no-backing" in str(refusal(tmp_path / "top.qcow2", chain=False, no_backing=True))
