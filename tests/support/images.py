@@ -180,6 +180,29 @@ def recipe(name: str) -> Callable[[Recipe], Recipe]:
     return register
 
 
+def settle(path: Path, *, dense: bool) -> None:
+    """Rewrite a file such that where the host sees holes in it does not change by being read.
+
+    QEMU leaves space that is allocated but never written; Linux calls that a hole until somebody reads
+    it, and data while it is in the page cache. Afterwards blocks of zeroes are holes, or (``dense``) there
+    are no holes at all.
+    """
+    new = path.with_name(path.name + ".new")
+    with path.open("rb") as source, new.open("wb") as target:
+        while piece := source.read(BLOCK):
+            if dense or piece.strip(b"\0"):
+                target.write(piece)
+            else:
+                target.seek(len(piece), os.SEEK_CUR)
+        target.truncate()
+        os.fsync(target.fileno())
+    new.replace(path)
+
+
+BLOCK = 4096
+"""Bytes; of the host's file system."""
+
+
 class Gallery:
     """The images made so far, in one directory that all test processes share."""
 
@@ -199,13 +222,10 @@ class Gallery:
                 for pattern in place.glob(".pattern-*"):
                     pattern.unlink()
                 # A server that is to change nothing is given nothing that it may change; root may
-                # anyway, hence the digests taken before and after.
+                # anyway, so digests are taken before and after.
                 for path in case.files:
+                    settle(path, dense=name in DENSE)
                     path.chmod(stat.S_IRUSR)
-                    # Where the host's file has holes must not change once it is served: ext4 decides
-                    # that only when it writes the blocks out.
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
                 values = dict(
                     vars(case), path=str(case.path), reference=case.reference and str(case.reference)
                 )
@@ -448,6 +468,9 @@ RECIPES |= {
     for count in (1, 3, 129, 4097)
 }
 
+
+DENSE = {"prealloc-falloc", "prealloc-full"}
+"""Images whose file has no holes."""
 
 LARGE = {"huge", "huge-full"}
 """Disks that nobody reads from end to end."""

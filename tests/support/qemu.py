@@ -42,7 +42,7 @@ def run(argv: list[str], *, check: bool = True, timeout: float = TIMEOUT) -> sub
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        errors="surrogateescape",
+        errors="backslashreplace",
         timeout=timeout,
         check=False,
         env=environment(),

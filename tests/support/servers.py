@@ -53,7 +53,7 @@ class Server:
 
     def output(self) -> str:
         """What it has printed so far, on both streams."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="backslashreplace")
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -244,7 +244,7 @@ def limited_run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        errors="surrogateescape",
+        errors="backslashreplace",
         timeout=timeout,
         check=False,
         env=qemu.environment(),
