@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapState, Step, TrackedBitmap
@@ -26,10 +26,17 @@ from nbdbm.errors import ImageError
 from nbdbm.image.bitmapstore import BitmapStore, StoredBitmap
 from nbdbm.image.commit import Metadata
 from nbdbm.image.writable import rewrite_header
-from nbdbm.qcow2.bitmapdir import BitmapsExtension, DirectoryEntry, bitmap_bytes, table_entries
+from nbdbm.qcow2.bitmapdir import (
+    BitmapsExtension,
+    DirectoryEntry,
+    bitmap_bytes,
+    table_entries,
+    table_refusal,
+)
 from nbdbm.qcow2.constants import (
     BITMAP_ALL_ONES,
     BITMAP_TYPE_DIRTY,
+    MAX_BITMAP_DATA,
     OFFSET_MASK,
     AutoclearFeature,
     BitmapFlag,
@@ -112,30 +119,149 @@ class BitmapSaver:
             OSError, ImageError: a write or sync failed, or there is no space.
         """
         tracker = self._store.tracker
-        known = {s.tracked: s for s in self._store.stored}
-        order = list(tracker)
-        saving = [b for b in order if b.state in (BitmapState.IN_USE, BitmapState.NEW)]
-        if not saving and order == [s.tracked for s in self._store.stored]:
-            return
+        saving = [b for b in tracker if b.state in (BitmapState.IN_USE, BitmapState.NEW)]
+        staged = await self._stage(saving, only_flags=True)
+        if staged is not None:
+            await self.switch(staged)
+            await self.free(staged)
+        tracker.apply(Step.STORE, *saving)
+
+    async def stage(self, changed: Iterable[TrackedBitmap] = ()) -> Staged | None:
+        """Write all that a directory of the tracker's bitmaps needs, durably; nothing leads to it yet.
+
+        Those that are new or in ``changed`` are written anew, the other entries are carried over byte for
+        byte. Returns None, having written nothing, if the directory would be the one that there is. What is
+        returned is for ``switch``, or for ``abandon``.
+
+        Raises:
+            OSError, ImageError: a write or sync failed, or there is no space. Nothing is kept.
+        """
+        return await self._stage([*changed, *(b for b in self._store.tracker if b.state is BitmapState.NEW)])
+
+    async def _stage(self, saving: Collection[TrackedBitmap], *, only_flags: bool = False) -> Staged | None:
+        """``stage``; with ``only_flags``, if nothing but IN_USE flags is to go, they go where they lie."""
+        stored = self._store.stored
+        known = {s.tracked: s for s in stored}
+        order = list(self._store.tracker)
+        saving = frozenset(saving)
         new = _Clusters(self._metadata)
         old: list[int] = []
         try:
             entries: list[DirectoryEntry] = []
             for bitmap in order:
-                stored = known.get(bitmap)
-                if stored is not None and bitmap not in saving:
-                    entries.append(stored.entry)
+                was = known.pop(bitmap, None)
+                if was is not None and bitmap not in saving:
+                    entries.append(was.entry)
                 else:
-                    entries.append(await self._save(bitmap, stored, new, old))
-            if self._only_flags(entries):
+                    entries.append(await self._save(bitmap, was, new, old))
+            if entries == [s.entry for s in stored]:
+                return None
+            if only_flags and self._only_flags(entries):
                 # Nothing moved: the flags are all that is to be changed, and each is whole in a sector.
-                await self._rewrite_flags([known[b] for b in saving], lambda f: f & ~int(BitmapFlag.IN_USE))
-            else:
-                await self._switch(order, entries, new, old)
+                clear = [s for s in stored if s.tracked in saving]
+                await self._rewrite_flags(clear, lambda f: f & ~int(BitmapFlag.IN_USE))
+                return None
+            for removed in known.values():
+                old += await self._clusters_of(removed)
+            return await self._directory(order, entries, new, old)
         except BaseException:
             await new.give_back()
             raise
-        tracker.apply(Step.STORE, *saving)
+
+    async def _directory(
+        self, order: list[TrackedBitmap], entries: list[DirectoryEntry], new: _Clusters, old: list[int]
+    ) -> Staged:
+        """Write the directory, and make it durable with all that it needs."""
+        packed = b"".join(entry.pack() for entry in entries)
+        extension = None
+        if entries:
+            extension = BitmapsExtension(len(entries), len(packed), await new.write(packed))
+        if (was := self._store.extension) is not None:
+            old += self._span(was.directory_offset, was.directory_size)
+        await self._metadata.flush()
+        # Disk: bits, tables and directory, complete and counted, and nothing leads to them. The old
+        # directory holds.
+        return Staged(order, entries, extension, new, old)
+
+    def header_for(self, staged: Staged) -> Header:
+        """The header that leads to ``staged``."""
+        header = self._live(self.header)
+        features = header.autoclear_features
+        if staged.extension is None:
+            header = header.without_extension(ExtensionType.BITMAPS)
+            features &= ~int(AutoclearFeature.BITMAPS)
+        else:
+            header = header.with_extension(staged.extension.to_extension())
+            features |= AutoclearFeature.BITMAPS
+        return replace(header, autoclear_features=features)
+
+    def _live(self, header: Header) -> Header:
+        """The header with the refcount table's place, which moves while an image is written to."""
+        allocator = self._metadata.allocator
+        return replace(
+            header,
+            refcount_table_offset=allocator.table_offset,
+            refcount_table_clusters=allocator.table_clusters,
+        )
+
+    async def switch(self, staged: Staged, header: Header | None = None) -> None:
+        """Have the header lead to ``staged``; durable on return. ``free`` is to follow, or ``revert``.
+
+        ``header`` is ``header_for(staged)`` with what else is to change in the same step.
+
+        Raises:
+            UnsupportedError: the header has no room; nothing has changed.
+            OSError: the header leads to the old directory or to the new one.
+        """
+        staged.before = self.header
+        self.header = await rewrite_header(self._file, header or self.header_for(staged))
+        # Disk: the new directory. What only the old one led to is leaked until it is freed.
+        allocator = self._metadata.allocator
+        if self._store.extension is not None:
+            allocator.unprotect(self._store.extension.directory_offset)
+        self._store.extension = staged.extension
+        place = 0
+        if staged.extension is not None:
+            place = staged.extension.directory_offset
+            allocator.protect(place, staged.extension.directory_size)
+        stored = []
+        for bitmap, entry in zip(staged.order, staged.entries, strict=True):
+            stored.append(StoredBitmap(bitmap, entry, place))
+            place += entry.packed_size
+        self._store.replace(stored)
+
+    async def revert(self, staged: Staged) -> None:
+        """Have the header lead to where it led before ``switch``, whether that raised or not.
+
+        Only ``close`` may follow: what memory knows of the bitmaps is not what the disk says.
+
+        Raises:
+            OSError, ImageError: the header leads to the old directory or to the new one.
+        """
+        assert staged.before is not None
+        self.header = await rewrite_header(self._file, self._live(staged.before))
+        # Disk: the old directory, which is whole.
+        await self.abandon(staged)
+
+    async def abandon(self, staged: Staged) -> None:
+        """Give back what ``stage`` took; nothing leads to it. Only logs what fails: it is leaked then."""
+        await staged.new.give_back()
+        await self._settle("what a new bitmap directory took")
+
+    async def free(self, staged: Staged) -> None:
+        """Give back what only the old directory led to. Only logs what fails: it is leaked then."""
+        try:
+            await self._metadata.allocator.decrement(staged.old)
+        except (OSError, ImageError) as error:
+            log.warning("%s: freeing the old bitmaps failed: %s", self._file.path, error)
+        await self._settle("the old bitmaps")
+
+    async def _settle(self, what: str) -> None:
+        try:
+            await self._metadata.flush()
+        except (OSError, ImageError) as error:
+            # The bitmaps are as they should be; some clusters are leaked, as after a crash.
+            log.warning("%s: freeing %s failed: %s", self._file.path, what, error)
 
     def _only_flags(self, entries: list[DirectoryEntry]) -> bool:
         """Whether the directory differs from what is on disk in IN_USE flags only."""
@@ -165,7 +291,12 @@ class BitmapSaver:
         if bitmap.bits is None:
             assert stored is not None, "a new bitmap has its bits in memory"
             return entry  # never loaded, so never changed
-        before = await self._read_table(stored.entry) if stored is not None else ()
+        before: tuple[int, ...] = ()
+        if stored is not None:
+            before = await self._read_table(entry)
+            span = entry.table_size * self._cluster_size
+            if table_refusal(before, self._cluster_size, span, self._file.size) is not None:
+                before = ()  # cleared without having been looked at: what it leads to is leaked
         size = self._store.tracker.size
         count = table_entries(size, bitmap.granularity, self._cluster_size)
         after = await self._write_bits(bitmap.bits, before, count, new)
@@ -200,50 +331,34 @@ class BitmapSaver:
                 after.append(await new.write(content.ljust(size, b"\0")))
         return tuple(after)
 
-    async def _switch(
-        self,
-        order: list[TrackedBitmap],
-        entries: list[DirectoryEntry],
-        new: _Clusters,
-        old: list[int],
-    ) -> None:
-        """Have the header lead to a new directory of these entries, then free the old one."""
-        extension = self._store.extension
-        packed = b"".join(entry.pack() for entry in entries)
-        header = self.header
-        features = header.autoclear_features
-        if entries:
-            place = await new.write(packed)
-            after = BitmapsExtension(len(entries), len(packed), place)
-            header = header.with_extension(after.to_extension())
-            features |= AutoclearFeature.BITMAPS
+    async def _clusters_of(self, removed: StoredBitmap) -> list[int]:
+        """The host clusters of a bitmap that is going; none if what describes them cannot be trusted:
+        better leaked than taken from somebody else."""
+        entry = removed.entry
+        size, table_size = self._cluster_size, entry.table_size
+        if removed.tracked.state is BitmapState.REFUSED or table_size * size > MAX_BITMAP_DATA + size:
+            refusal: str | None = removed.tracked.refusal or "its table is too long"
+        elif not entry.table_offset or entry.table_offset % size:
+            refusal = "its table is misplaced"
+        elif entry.table_offset + 8 * table_size > self._file.size:
+            refusal = "its table reaches past the file's end"
         else:
-            place, after = 0, None
-            header = header.without_extension(ExtensionType.BITMAPS)
-            features &= ~int(AutoclearFeature.BITMAPS)
-        await self._metadata.flush()
-        # Disk: bits, tables and directory, complete and counted, and nothing leads to them. The old
-        # directory holds, with IN_USE.
-        new.keep()  # if the next step fails, nobody knows whether the header leads to them
-        self.header = await rewrite_header(self._file, replace(header, autoclear_features=features))
-        # Disk: the new directory. What only the old one led to is leaked until it is freed.
-        if extension is not None:
-            old += self._span(extension.directory_offset, extension.directory_size)
-            self._metadata.allocator.unprotect(extension.directory_offset)
-        if after is not None:
-            self._metadata.allocator.protect(after.directory_offset, after.directory_size)
-        self._store.extension = after
-        stored = []
-        for bitmap, entry in zip(order, entries, strict=True):
-            stored.append(StoredBitmap(bitmap, entry, place))
-            place += entry.packed_size
-        self._store.replace(stored)
-        try:
-            await self._metadata.allocator.decrement(old)
-            await self._metadata.flush()
-        except (OSError, ImageError) as error:
-            # The bitmaps are stored; some clusters are leaked, as after a crash.
-            log.warning("%s: freeing the old bitmaps failed: %s", self._file.path, error)
+            # Of an IN_USE entry the size may be that of another day; table and data are what was stored.
+            try:
+                table = await self._read_table(entry)
+                refusal = table_refusal(table, size, table_size * size, self._file.size)
+            except OSError as error:
+                refusal = f"reading its table failed: {error}"
+        if refusal is not None:
+            log.warning(
+                "%s: the clusters of bitmap %r are leaked (%s); nbdbm check --repair leaks frees them",
+                self._file.path,
+                removed.tracked.name,
+                refusal,
+            )
+            return []
+        data = sorted(place >> self.header.cluster_bits for place in _places(table))
+        return [*self._span(entry.table_offset, 8 * table_size), *data]
 
     def _span(self, offset: int, length: int) -> Iterable[int]:
         """The clusters of a range that begins at a cluster."""
@@ -272,10 +387,6 @@ class _Clusters:
         await self._metadata.file.pwrite(offset, data.ljust(count << bits, b"\0"))
         return offset
 
-    def keep(self) -> None:
-        """They are in use now."""
-        self._taken.clear()
-
     async def give_back(self) -> None:
         """Free them again."""
         taken, self._taken = self._taken, []
@@ -284,3 +395,18 @@ class _Clusters:
                 await self._metadata.allocator.release(offset, count)
             except OSError as error:
                 log.warning("%s: some clusters are leaked: %s", self._metadata.file.path, error)
+
+
+@dataclass(slots=True)
+class Staged:
+    """A new directory, complete and durable, that nothing leads to yet."""
+
+    order: list[TrackedBitmap]
+    entries: list[DirectoryEntry]
+    extension: BitmapsExtension | None
+    """None: no bitmap is left."""
+    new: _Clusters
+    old: list[int]
+    """Host clusters that only the old directory leads to."""
+    before: Header | None = None
+    """The header that led to the old directory; set by ``switch``."""
