@@ -45,6 +45,7 @@ REFTABLE_AT = 48
 REFTABLE = struct.Struct(">QI")
 FEATURES_AT = 72
 """Where incompatible_features is: 8 bytes in the first sector (version 3)."""
+NOT_REPAIRED = "not repaired: "
 MAX_GROWTH = 1 << 30
 """Bytes by which a file may grow beyond its disk's size to take in references past its end."""
 
@@ -93,7 +94,7 @@ async def repair(
         await file.sync()  # Disk: all refcounts and flags that could be right are right.
     report = walk.report
     if obstacle is not None:
-        report.say(f"not repaired: the refcounts are damaged, but {obstacle}")
+        report.say(f"{NOT_REPAIRED}the refcounts are damaged, but {obstacle}")
     report.leaks_fixed = max(0, first.report.leaks - report.leaks)
     report.corruptions_fixed = max(0, first.report.corruptions - report.corruptions)
     if not report.corruptions and not report.check_errors:
@@ -112,8 +113,10 @@ async def rebuild_refcounts(file: BlockFile, header: Header) -> Header:
     """
     header, report = await repair(file, header, errors=True)
     if report.check_errors or report.corruptions:
-        what = report.problems[0] if report.problems else "the refcounts cannot be made true"
-        raise CorruptError(file.path, f"was not closed cleanly, and repairing its refcounts failed: {what}")
+        # The last line may be about the repair itself; else the first is as good as any.
+        lines = report.problems or ["the refcounts cannot be made true"]
+        what = lines[-1] if lines[-1].startswith(NOT_REPAIRED) else lines[0]
+        raise CorruptError(file.path, f"was not closed cleanly, and cannot be repaired: {what}")
     return header
 
 
