@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP  := $(VENV)/.installed-dev
 
-.PHONY: help demo test unit interop peers lint format types clean
+.PHONY: help demo test unit interop peers bench lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ interop: $(DEV_STAMP) peers
 peers:
 	@scripts/install_peers.sh
 	@scripts/newer_peers.sh
+
+## make bench     beside qemu-nbd: times, memory; BENCH_ARGS="--quick randread" for less, --help for more
+bench: $(DEV_STAMP) peers
+	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
 ## make lint      style, import layers, twin tests, the README's tree
 lint: $(DEV_STAMP)

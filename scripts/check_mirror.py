@@ -24,7 +24,7 @@ WITHOUT = {
 ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "data"}
 """Folders of tests that mirror no folder of the package."""
 
-EXTRA = {"test_layers.py", "test_scripts.py"}
+EXTRA = {"test_layers.py", "test_scripts.py", "test_bench.py"}
 """Tests at the top that are of the project, not of a module."""
 
 

@@ -1,0 +1,1 @@
+"""The parts of scripts/bench.py: images, servers, clients, the table of work, statistics, reports."""

@@ -1,0 +1,148 @@
+"""The programs that put the load on: fio's nbd engine, nbdcopy, libnbd's Python binding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support import qemu
+
+SCRIPT = Path(__file__).resolve().parent / "libnbd_client.py"
+TIMEOUT = 600.0
+"""Seconds for one run of a client."""
+
+
+class ClientFailed(Exception):
+    """A client ended with an error; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What fio is to do: its own words for it."""
+
+    rw: str
+    block: int
+    """Bytes."""
+    depth: int
+    jobs: int = 1
+    """Connections, each with ``depth`` requests."""
+    mix: int | None = None
+    """Percentage of reads where ``rw`` is both."""
+    amount: int | None = None
+    """Bytes per job after which it ends, whatever the time is."""
+
+
+@dataclass(frozen=True)
+class FioResult:
+    """Reads and writes of all jobs together."""
+
+    iops: float
+    bandwidth: float
+    """Bytes per second."""
+    ops: int
+    p99: float
+    """The slowest percent's completion time, seconds; the worse of reads and writes."""
+
+    @classmethod
+    def parse(cls, output: str) -> FioResult:
+        """From ``--output-format=json --group_reporting``; raises ClientFailed if a job failed.
+
+        fio prints warnings before the JSON.
+        """
+        at = output.find("{")
+        if at < 0:
+            raise ClientFailed(f"fio: no result: {output.strip()[-200:]}")
+        jobs = json.loads(output[at:])["jobs"]
+        for job in jobs:
+            if job["error"]:
+                raise ClientFailed(f"fio: job {job['jobname']} failed with error {job['error']}")
+        sides = [job[side] for job in jobs for side in ("read", "write", "trim")]
+        done = [side for side in sides if side["total_ios"]]
+        if not done:
+            raise ClientFailed("fio: nothing was read or written")
+        p99 = max(side["clat_ns"].get("percentile", {}).get("99.000000", 0) for side in done)
+        return cls(
+            iops=sum(side["iops"] for side in done),
+            bandwidth=sum(side["bw_bytes"] for side in done),
+            ops=sum(side["total_ios"] for side in done),
+            p99=p99 / 1e9,
+        )
+
+
+def fio(uri: str, load: Load, seconds: float) -> FioResult:
+    """Run fio for ``seconds``, or until the amount is done."""
+    words = [
+        "fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={load.rw}", f"--bs={load.block}",
+        f"--iodepth={load.depth}", f"--numjobs={load.jobs}", "--group_reporting", "--norandommap",
+        f"--runtime={max(1, round(seconds * 1000))}ms", "--output-format=json", "--eta=never",
+    ]  # fmt: skip
+    if load.mix is not None:
+        words.append(f"--rwmixread={load.mix}")
+    words.append("--time_based" if load.amount is None else f"--io_size={load.amount}")
+    return FioResult.parse(_run(words))
+
+
+def nbdcopy(uri: str) -> float:
+    """Copy the whole disk to nowhere; return seconds."""
+    begin = time.perf_counter()
+    _run(["nbdcopy", uri, "null:"])
+    return time.perf_counter() - begin
+
+
+def block_status(uri: str, context: str) -> dict[str, float]:
+    """The whole disk's block status in one context: seconds, extents, requests."""
+    answer: dict[str, float] = json.loads(_run(_script("status", uri, context)))
+    return answer
+
+
+def write_once(uri: str, offset: int) -> None:
+    """One write of 4 KiB and a flush."""
+    _run(_script("write", uri, str(offset)))
+
+
+@contextmanager
+def idle_connections(uri: str, count: int) -> Iterator[None]:
+    """``count`` connections that have negotiated and say nothing more, until the block ends."""
+    with subprocess.Popen(
+        _script("idle", uri, str(count)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=qemu.environment(),
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            if not process.stdout.readline():
+                raise ClientFailed(f"libnbd: {process.stderr.read().strip()[-200:]}")
+            yield
+            process.communicate(timeout=TIMEOUT)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def _script(*words: str) -> list[str]:
+    return ["/usr/bin/python3", str(SCRIPT), *words]
+
+
+def _run(argv: list[str]) -> str:
+    done: subprocess.CompletedProcess[Any] = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+        env=qemu.environment(),
+    )
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise ClientFailed(f"{argv[0]}: {said[-1] if said else f'status {done.returncode}'}")
+    return str(done.stdout)

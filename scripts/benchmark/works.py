@@ -1,0 +1,197 @@
+"""The table of work: what is measured, on which image, in which unit, and the goal."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scripts.benchmark import clients
+from scripts.benchmark.clients import Load
+from scripts.benchmark.images import GIB, KIB, MIB, SPECKLES, STOPPING, TIB, Images
+from scripts.benchmark.servers import Contender, Running, Serving, serve
+from scripts.benchmark.stats import Better, Sample
+
+STARTS = 5
+"""Starts of a server per round; one takes a fraction of a second."""
+
+IDLE = 256
+"""Connections that do nothing."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a round is measured with."""
+
+    images: Images
+    seconds: float
+    """How long fio puts on its load."""
+
+    @property
+    def scale(self) -> int:
+        return self.images.scale
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the table."""
+
+    name: str
+    title: str
+    unit: str
+    better: Better
+    measure: Callable[[Bench, Contender], Sample]
+    image: str | None = None
+    """Its image in ``images.MAKERS``; None: a fresh one each round."""
+    goal: float | None = None
+    """As a ratio against the best peer."""
+    bound: float | None = None
+    """A goal in the work's own unit."""
+    fio: bool = False
+    """Only the load matters: servers of memory can take part."""
+
+
+def _client(running: Running, run: Callable[[], Sample]) -> Sample:
+    """Run a client and add what it cost the server."""
+    before = running.cpu()
+    sample = run()
+    return Sample(sample.value, running.cpu() - before, sample.ops, running.peak(), sample.extra)
+
+
+def _fio(
+    name: str,
+    title: str,
+    goal: float,
+    load: Load,
+    image: str | None = "data",
+    *,
+    writable: bool = False,
+    fresh: int = 64 * GIB,
+) -> Work:
+    """A load of fio's: operations per second for small blocks, MB per second for large ones."""
+    small = load.block < 64 * KIB
+
+    def measure(bench: Bench, contender: Contender) -> Sample:
+        amount = load.amount // bench.scale if load.amount else None
+        scaled = Load(load.rw, load.block, load.depth, load.jobs, load.mix, amount)
+        path = bench.images.fresh(fresh) if image is None else bench.images.get(image)
+        os.sync()
+
+        def run(running: Running) -> Sample:
+            result = clients.fio(running.uri, scaled, bench.seconds)
+            value = result.iops if small else result.bandwidth / 1e6
+            return Sample(value, ops=result.ops, extra={"p99": result.p99})
+
+        with serve(contender, Serving(path, writable, size=2 * GIB)) as running:
+            return _client(running, lambda: run(running))
+
+    return Work(name, title, "IOPS" if small else "MB/s", Better.HIGHER, measure, image, goal, fio=True)
+
+
+def _copy(name: str, title: str, image: str) -> Work:
+    def measure(bench: Bench, contender: Contender) -> Sample:
+        path = bench.images.get(image)
+        os.sync()
+        with serve(contender, Serving(path)) as running:
+            return _client(running, lambda: Sample(clients.nbdcopy(running.uri)))
+
+    return Work(name, title, "s", Better.LOWER, measure, image, goal=1.3)
+
+
+def _status(name: str, title: str, image: str, context: str, bitmaps: tuple[str, ...] = ()) -> Work:
+    def measure(bench: Bench, contender: Contender) -> Sample:
+        path = bench.images.get(image)
+        os.sync()
+
+        def run(running: Running) -> Sample:
+            found = clients.block_status(running.uri, context)
+            return Sample(found["seconds"], ops=int(found["extents"]), extra=found)
+
+        with serve(contender, Serving(path, bitmaps=bitmaps)) as running:
+            return _client(running, lambda: run(running))
+
+    return Work(name, title, "s", Better.LOWER, measure, image, goal=1.2)
+
+
+def _stop(bench: Bench, contender: Contender) -> Sample:
+    path = bench.images.get("stopping")
+    os.sync()
+    with serve(contender, Serving(path, writable=True)) as running:
+        clients.write_once(running.uri, TIB)
+        peak = running.peak()
+        return Sample(running.stop(), peak=peak)
+
+
+def _start(bench: Bench, contender: Contender) -> Sample:
+    path = bench.images.get("stopping")
+    os.sync()
+    times: list[float] = []
+    for _ in range(STARTS):
+        with serve(contender, Serving(path, bitmaps=STOPPING)) as running:
+            times.append(running.start_time)
+            cpu, peak = running.cpu(), running.peak()
+    return Sample(statistics.median(times), cpu, 1, peak)
+
+
+def _memory(bench: Bench, contender: Contender) -> Sample:
+    path = bench.images.get("huge")
+    with serve(contender, Serving(path)) as running:
+        clients.fio(running.uri, Load("randread", 4 * KIB, 16), bench.seconds)
+        clients.fio(running.uri, Load("read", MIB, 8), bench.seconds)
+        return Sample(running.peak() / MIB, peak=running.peak())
+
+
+def _idle(bench: Bench, contender: Contender) -> Sample:
+    path = bench.images.get("sparse")
+    with serve(contender, Serving(path, connections=IDLE + 8)) as running:
+        with clients.idle_connections(running.uri, 1):
+            before = running.rss()
+        with clients.idle_connections(running.uri, IDLE):
+            return Sample(max(0, running.rss() - before) / IDLE / KIB, peak=running.peak())
+
+
+WORKS: tuple[Work, ...] = (
+    _fio("randread", "4 KiB random read, depth 16", 1.5, Load("randread", 4 * KIB, 16)),
+    _fio("latency", "4 KiB random read, depth 1", 1.1, Load("randread", 4 * KIB, 1)),
+    _fio("read-1m", "1 MiB sequential read, depth 8", 2.0, Load("read", MIB, 8)),
+    _fio("read-256k", "256 KiB sequential read, depth 4", 1.1, Load("read", 256 * KIB, 4)),
+    _copy("copy", "nbdcopy of 2 GiB data", "data"),
+    _fio(
+        "randwrite", "4 KiB random write in place, depth 16, three bitmaps", 2.0,
+        Load("randwrite", 4 * KIB, 16), "recording", writable=True,
+    ),
+    _fio(
+        "mixed", "70/30 4 KiB random, four connections, depth 32", 1.3,
+        Load("randrw", 4 * KIB, 32, jobs=4, mix=70), "recording", writable=True,
+    ),
+    _fio(
+        "randwrite-new", "4 KiB random write, allocating, depth 16", 1.2,
+        Load("randwrite", 4 * KIB, 16, amount=128 * MIB), None, writable=True,
+    ),
+    _fio(
+        "write-new-1m", "1 MiB sequential write, allocating, depth 8", 1.2,
+        Load("write", MIB, 8, amount=2 * GIB), None, writable=True,
+    ),
+    _copy("copy-sparse", "nbdcopy of 64 GiB with 1 GiB data", "sparse"),
+    Work(
+        "idle", f"memory per idle connection, {IDLE} of them", "KiB", Better.LOWER, _idle, "sparse", bound=64
+    ),
+    _status(
+        "status-bitmap", "block status of a bitmap, 524 288 extents", "speckled",
+        f"qemu:dirty-bitmap:{SPECKLES}", (SPECKLES,),
+    ),
+    _status("status-allocation", "block status of base:allocation, 200 000 extents", "scattered",
+            "base:allocation"),
+    _fio("read-zlib", "1 MiB sequential read, zlib", 1.5, Load("read", MIB, 8), "zlib"),
+    _fio("read-zstd", "1 MiB sequential read, zstd", 1.5, Load("read", MIB, 8), "zstd"),
+    _fio("chain", "4 KiB random read, depth 16, chain of five", 1.2, Load("randread", 4 * KIB, 16), "chain"),
+    Work("stop", f"clean stop, {len(STOPPING)} bitmaps of 4 TiB, one write", "s", Better.LOWER, _stop,
+         "stopping", goal=1.0),
+    Work("start", f"start to first connection, 4 TiB, {len(STOPPING)} bitmaps", "s", Better.LOWER, _start,
+         "stopping", bound=0.2),
+    Work("memory", "peak memory, 16 TiB, one connection", "MiB", Better.LOWER, _memory, "huge", bound=120),
+)  # fmt: skip
+"""In an order in which few images are there at once."""
+
+assert len({work.name for work in WORKS}) == len(WORKS)
