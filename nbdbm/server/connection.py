@@ -43,6 +43,10 @@ JOIN_BELOW = 32 * 1024
 """Pieces of replies below this size are joined to one write, in bytes; copying larger ones costs more than
 the call saved."""
 
+HANDOVER = 16 * 1024
+"""Bytes given to the transport when the client does not take more at once: it copies them and waits. Given
+everything, forty clients that read nothing cost 2.4 GB instead of half of it."""
+
 MAX_PIECES = 1024
 """Pieces that one system call sends: IOV_MAX."""
 
@@ -79,6 +83,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         """The part of it whose replies are queued or being sent."""
         self._sent: list[bytearray] = []
         """Buffers of these replies."""
+        self._unsent: list[bytes | memoryview] = []
+        """Replies beyond what the transport holds, when it holds any."""
         self._blocked = False
         """The transport holds bytes that the client has not taken."""
         self._paused = False
@@ -119,7 +125,8 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._blocked = False
-        self._release()
+        # First what waits to be sent, then commands that would add to it.
+        self._send()
         self._pump()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -131,6 +138,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._blocked:
             # The transport may hold views of these until it is gone; they are dropped with it.
             self._sent.clear()
+        self._unsent.clear()
         for timer in (self._handshake, self._linger):
             if timer is not None:
                 timer.cancel()
@@ -261,15 +269,35 @@ class NbdConnection(asyncio.BufferedProtocol):
     def _send(self) -> None:
         if self._blocked or self._lost:
             return
-        self._write(self._protocol.data_to_send())
-        if not self._blocked:
+        self._unsent += self._protocol.data_to_send()
+        if self._unsent:
+            if self._socket is None:
+                self._write(self._unsent)
+                self._unsent = []
+            else:
+                self._send_directly(self._socket)
+        if not self._blocked and not self._unsent:
             self._release()
+
+    def _send_directly(self, sock: socket.socket) -> None:
+        """One system call for all that is queued, past the transport, while that holds nothing back.
+
+        What the socket does not take stays here; the transport gets only as much as makes it say when
+        the client reads again, because it would copy everything.
+        """
+        transport = cast(asyncio.Transport, self._transport)
+        while self._unsent and not self._blocked and not transport.is_closing():
+            self._unsent = send_now(sock, self._unsent)
+            if self._unsent:
+                first = memoryview(self._unsent[0])
+                if len(first) > HANDOVER:
+                    self._unsent[0] = first[HANDOVER:]
+                else:
+                    del self._unsent[0]
+                transport.write(first[:HANDOVER])
 
     def _write(self, pieces: list[bytes | memoryview]) -> None:
         transport = cast(asyncio.Transport, self._transport)
-        if pieces and self._socket is not None and not transport.get_write_buffer_size():
-            # Nothing of the transport's is before these: one call, and no copy, for all of them.
-            pieces = send_now(self._socket, pieces)
         small: list[bytes | memoryview] = []
         for piece in pieces:
             if len(piece) < JOIN_BELOW:
@@ -299,20 +327,24 @@ class NbdConnection(asyncio.BufferedProtocol):
             cast(asyncio.Transport, self._transport).pause_reading()
 
     def _close_if_answered(self) -> None:
-        if self._running or self._linger is not None:
+        if self._running:
             return
-        # Nothing is added any more, so what the transport holds is bounded even if it is blocked.
-        self._write(self._protocol.data_to_send())
-        transport = cast(asyncio.Transport, self._transport)
-        transport.close()
-        self._linger = self._loop.call_later(LINGER, self._linger_expired, transport.get_write_buffer_size())
+        self._unsent += self._protocol.data_to_send()
+        if self._linger is None:
+            self._linger = self._loop.call_later(LINGER, self._linger_expired, self._left())
+        if not self._unsent:
+            # Closes once the transport has sent what it holds.
+            cast(asyncio.Transport, self._transport).close()
+
+    def _left(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return cast(asyncio.Transport, self._transport).get_write_buffer_size() + sum(map(len, self._unsent))
 
     def _linger_expired(self, before: int) -> None:
-        transport = cast(asyncio.Transport, self._transport)
-        left = transport.get_write_buffer_size()
+        left = self._left()
         if left >= before:
             log.debug("client does not take the last %d bytes", left)
-            transport.abort()
+            self.abort()
         else:
             self._linger = self._loop.call_later(LINGER, self._linger_expired, left)
 

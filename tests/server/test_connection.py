@@ -167,6 +167,33 @@ def test_failures(tmp_path: Path, failure: Exception, error: int, caplog: pytest
     assert "Read at 0 of 512 bytes failed" in caplog.text
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_with_and_without_the_transports_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """Past the transport or through it (as TLS needs): the client gets the same, slow as it may be."""
+    if not direct:
+        new = connection.NbdConnection.__init__
+        monkeypatch.setattr(connection.NbdConnection, "__init__", lambda self, server, _: new(self, server))
+
+    async def main() -> None:
+        async with running(MemoryImage(CONTENT), tmp_path) as (server, path):
+            client = await connected(path)
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            ranges = [(cookie * 1000, 1 if cookie % 3 else 1_000_000) for cookie in range(60)]
+            for cookie, (offset, length) in enumerate(ranges):
+                client.read(cookie, offset, length)
+            await until(lambda: server.bytes > 0)
+            await asyncio.sleep(0.05)
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            replies = await client.replies(len(ranges))
+            for cookie, (offset, length) in enumerate(ranges):
+                assert replies[cookie].data == CONTENT[offset : offset + length]
+            await client.close()
+
+    run(main)
+
+
 class TestSendNow:
     """Pieces go out in order, whole or not at all twice."""
 
