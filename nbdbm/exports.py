@@ -120,6 +120,10 @@ class Export:
         """Fill ``view`` now if that needs no waiting; False leaves its content undefined."""
         return self._image.try_read_into(view, offset)
 
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Write now if that needs no waiting; False: nothing was done that ``write`` does not do again."""
+        return self._image.try_write(offset, data)
+
     async def read(
         self, view: memoryview, offset: int, *, sparse: bool
     ) -> Sequence[tuple[int, memoryview | None]]:

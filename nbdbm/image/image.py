@@ -342,6 +342,17 @@ class Image:
         self.tracker.mark(offset, length)
         return self._side
 
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Write at once, in place, if that needs no waiting; False: ``write`` must do it (or fail)."""
+        side = self._side
+        if side is None or side.broken is not None or self._detect_zeroes is not DetectZeroes.OFF:
+            return False
+        self.tracker.mark(offset, len(data))
+        try:
+            return side.try_write(offset, data)
+        except OSError:
+            return False  # it comes again in ``write``, where there is somebody to raise it to
+
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """Write all of ``data``, which is not used afterwards; durable on return with ``fua``.
 

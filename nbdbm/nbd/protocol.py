@@ -13,7 +13,7 @@ event, after which the shell sends what is queued, finishes what is in flight if
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
 
 from nbdbm.extents import ExtentList
@@ -151,6 +151,16 @@ class ServerProtocol(Receiver):
         A read with CmdFlag.DF must be given as data all the same.
         """
         return self.negotiated is not None and self.negotiated.structured
+
+    @property
+    def queued(self) -> bool:
+        """Whether ``data_to_send`` would return anything."""
+        return bool(self._out)
+
+    @property
+    def traced(self) -> bool:
+        """Whether every message is logged."""
+        return self._trace
 
     @property
     def max_extents(self) -> int:
@@ -559,6 +569,22 @@ class ServerProtocol(Receiver):
         self._replies.read(self._out, cookie, offset, chunks)
         if self._trace:
             self._log_reply(before)
+
+    # The same two replies for a shell that gathers and sends them itself; ``settle`` follows.
+
+    def pack_read(self, buffer: bytearray, at: int, cookie: int, offset: int, length: int) -> int:
+        """Write at ``at`` of ``buffer`` what comes before the ``length`` bytes of a read that is all data;
+        return how many bytes that is, at most HEAD."""
+        return self._replies.pack_read(buffer, at, cookie, offset, length)
+
+    def pack_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> int:
+        """Write a success without payload; return how many bytes it is, at most HEAD."""
+        return self._replies.pack_done(buffer, at, cookie, offset)
+
+    @property
+    def settle(self) -> Callable[[int, int], object] | None:
+        """What to call with cookie and offset of each request answered so; None if nothing needs it."""
+        return None if self._origins is None else self._origins.take
 
     def reply_block_status(self, cookie: int, contexts: Sequence[tuple[int, ExtentList]]) -> None:
         """Queue the extents for each context id of the event, none of them empty."""

@@ -49,6 +49,9 @@ ZEROES = memoryview(bytes(64 * 1024))
 
 _LITTLE = sys.byteorder == "little"
 
+HEAD = 64
+"""Bytes that no header of a reply exceeds, a read's first chunk included."""
+
 _DONE, _OFFSET_DATA = int(ReplyFlag.DONE), int(ReplyType.OFFSET_DATA)
 """Plain numbers for the read path: a member looked up in its class costs as much as a small pack."""
 
@@ -200,6 +203,12 @@ class ReplyBuilder(Protocol):
     def done(self, out: Output, cookie: int, origin: int) -> None:
         """Success without payload."""
 
+    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+        """Write what ``done`` appends to ``buffer``; return how many bytes it is."""
+
+    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+        """Write what comes before ``length`` bytes of data that are a read's only chunk."""
+
     def error(self, out: Output, cookie: int, origin: int, error: NbdErrno, text: str) -> None:
         """Failure, with words if the style has room for them."""
 
@@ -214,6 +223,14 @@ class ReplyBuilder(Protocol):
 
 class SimpleReplies:
     """Simple replies ("Simple reply message")."""
+
+    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+        SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+        return SIMPLE_REPLY.size
+
+    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+        SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+        return SIMPLE_REPLY.size
 
     def done(self, out: Output, cookie: int, origin: int) -> None:
         out.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
@@ -240,6 +257,15 @@ class StructuredReplies:
 
     _READ = Struct(">IHHQIQ")
     """A chunk's head and the offset of its data."""
+
+    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+        SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+        return SIMPLE_REPLY.size
+
+    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+        size = DATA_OFFSET.size + length
+        self._READ.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, size, origin)
+        return self._READ.size
 
     def done(self, out: Output, cookie: int, origin: int) -> None:
         out.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
@@ -324,6 +350,18 @@ class ExtendedReplies(StructuredReplies):
     _READ = Struct(">IHHQQQQ")
 
     _status_type = ReplyType.BLOCK_STATUS_EXT
+
+    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+        head = self._head(_DONE, ReplyType.NONE, cookie, origin, 0)
+        buffer[at : at + len(head)] = head
+        return len(head)
+
+    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+        size = DATA_OFFSET.size + length
+        self._READ.pack_into(
+            buffer, at, EXTENDED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, origin, size, origin
+        )
+        return self._READ.size
 
     def done(self, out: Output, cookie: int, origin: int) -> None:
         self.empty(out, cookie, origin)

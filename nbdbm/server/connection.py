@@ -20,6 +20,7 @@ from nbdbm.nbd.constants import NbdErrno, Rep
 from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.server.dispatch import Context, answer, cost
+from nbdbm.server.fastpath import FastPath
 from nbdbm.server.inline import run_inline
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._protocol = ServerProtocol(server.registry)
         self._transport: asyncio.Transport | None = None
         self._context: Context | None = None
+        self._fast: FastPath | None = None
+        """Answers what it can before anything of the below begins; needs the socket itself."""
         self._handshake: asyncio.TimerHandle | None = None
         self._linger: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[int, Command]] = deque()
@@ -110,8 +113,19 @@ class NbdConnection(asyncio.BufferedProtocol):
         return self._protocol.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._take(self._protocol.buffer_updated(nbytes))
+        events = self._protocol.buffer_updated(nbytes)
+        if self._fast is not None and events and self._idle():
+            events, unsent = self._fast.serve(events)
+            if unsent:
+                self._unsent.append(unsent)
+            elif not events and not self._protocol.queued:
+                return  # all of it is answered and sent, and nothing was waiting before
+        self._take(events)
         self._pump()
+
+    def _idle(self) -> bool:
+        """Whether nothing waits to be started or sent, so that what is sent now is in order."""
+        return not (self._waiting or self._unsent or self._blocked or self._ended)
 
     def eof_received(self) -> bool:
         self._take(self._protocol.receive_eof())
@@ -184,6 +198,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._handshake.cancel()
             self._handshake = None
         self._context = Context(export, self._protocol, self._server.buffers, self._sent)
+        if self._socket is not None and not self._protocol.traced:
+            self._fast = FastPath(export, self._protocol, self._socket)
         return self._protocol.accept(export.info)
 
     def _handshake_expired(self) -> None:
