@@ -271,16 +271,22 @@ class BitmapTracker:
         Raises:
             BitmapError: there is none.
         """
-        bitmap = self._by_name.pop(name, None)
+        bitmap = self._by_name.get(name)
         if bitmap is None:
             raise BitmapError(name, "there is no such bitmap in the image")
-        self._all.remove(bitmap)
-        for other in self._all:
-            if other.name == name:
-                self._by_name[name] = other
-                break
-        self._refresh()
+        self.drop(bitmap)
         return bitmap
+
+    def drop(self, bitmap: TrackedBitmap) -> None:
+        """Drop this very bitmap, of several with one name."""
+        self._all.remove(bitmap)
+        if self._by_name[bitmap.name] is bitmap:
+            del self._by_name[bitmap.name]
+            for other in self._all:
+                if other.name == bitmap.name:
+                    self._by_name[other.name] = other
+                    break
+        self._refresh()
 
     def rename(self, name: str, new: str) -> None:
         """Give a bitmap another name.

@@ -163,6 +163,13 @@ def test_removing_uncovers_the_next_of_the_name() -> None:
     assert len(tracker) == 0
 
 
+def test_dropping_one_of_a_name() -> None:
+    first, second = make(BitmapState.REFUSED), make(BitmapState.REFUSED)
+    tracker = tracker_of(first, second)
+    tracker.drop(second)
+    assert list(tracker) == [first] and tracker.get("b0") is first
+
+
 # -- recording ------------------------------------------------------------------------------
 
 
