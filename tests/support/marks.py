@@ -53,6 +53,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
             "qemu-img",
             "qemu-io",
             "qemu-nbd",
+            "fio",
             "nbdinfo",
             "nbdcopy",
             "nbdkit",

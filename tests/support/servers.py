@@ -21,6 +21,9 @@ from tests.support import qemu
 START_TIMEOUT = 20
 STOP_TIMEOUT = 20
 
+RUNNING: set[subprocess.Popen[bytes]] = set()
+"""Servers that tests of this process have started and not ended yet."""
+
 NBDBM = [sys.executable, "-m", "nbdbm"]
 
 
@@ -128,6 +131,8 @@ def started(
                 preexec_fn=_address_space(address_space),
             )
         stack.callback(stop, process)
+        RUNNING.add(process)
+        stack.callback(RUNNING.discard, process)
         server = Server(process, path, log, export)
         deadline = time.monotonic() + START_TIMEOUT
         while True:
@@ -172,6 +177,12 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes] | None = None) -> 
             time.sleep(0.01)
 
 
+def kill_all() -> None:
+    """Kill the servers in RUNNING: whoever waits for one of them waits no longer."""
+    for process in list(RUNNING):
+        process.kill()
+
+
 def stop(process: subprocess.Popen[bytes]) -> int:
     """End a process that a test started, politely first; return its status."""
     if process.poll() is None:
@@ -191,12 +202,14 @@ def nbdbm(
     export: str = "",
     address_space: int | None = None,
     clean: bool = True,
+    writable: bool = False,
 ) -> Iterator[Server]:
     """``nbdbm serve --read-only`` on ``image``; if ``clean``, it must end with 0 and without a traceback."""
+    mode = [] if writable else ["--read-only"]
 
     def argv(path: str) -> list[str]:
         name = ["--export-name", export] if export else []
-        return [*NBDBM, "serve", "--read-only", "--socket", path, *name, *map(str, options), str(image)]
+        return [*NBDBM, "serve", *mode, "--socket", path, *name, *map(str, options), str(image)]
 
     with started(argv, export=export, address_space=address_space) as server:
         yield server
@@ -216,14 +229,29 @@ def qemu_nbd(
     image_format: str = "qcow2",
     export: str = "",
     tools: qemu.Tools = qemu.SYSTEM,
+    writable: bool = False,
 ) -> Iterator[Server]:
     """``qemu-nbd -r -A -B NAME...`` on ``image``."""
+    mode = [] if writable else ["-r"]
 
     def argv(path: str) -> list[str]:
         chosen = [word for name in bitmaps for word in ("-B", name)]
         form = ["-f", image_format] if image_format else []
         return tools.argv(
-            "qemu-nbd", "-r", "-A", "-t", "-e", "8", "-k", path, "-x", export, *form, *chosen, *options, image
+            "qemu-nbd",
+            *mode,
+            "-A",
+            "-t",
+            "-e",
+            "8",
+            "-k",
+            path,
+            "-x",
+            export,
+            *form,
+            *chosen,
+            *options,
+            image,
         )
 
     with started(argv, export=export) as server:
