@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import sub
@@ -212,6 +212,11 @@ class Survey:
             unusual |= ZERO
         entries = geometry.l2_entries
         self._zeroes = bytes(self.size)
+        self._ones = _lanes(1, entries)
+        self._ramp = int.from_bytes(
+            array("Q", range(0, entries << self.bits, self.size)).tobytes(), sys.byteorder
+        )
+        """Lane n: what the n-th entry of a table adds to the first one's if the clusters are contiguous."""
         self._unusual = _lanes(unusual, entries)
         self._offsets = _lanes(OFFSET_MASK, entries)
         self._copied = _lanes(COPIED, entries)
@@ -412,13 +417,20 @@ class Survey:
         table = int.from_bytes(words.tobytes(), sys.byteorder)
         if table & self._unusual:
             return self._l2_entries(name, words, bitmaps, l1_index, active)
-        hosts = array("Q")
-        hosts.frombytes(((table & self._offsets) >> self.bits).to_bytes(8 * len(words), sys.byteorder))
-        used = list(filter(None, hosts))
-        if not used:
-            return 0
-        first, last = used[0], used[-1]
-        run = last - first == len(used) - 1 and used == list(range(first, last + 1))
+        used: Sequence[int]
+        if words[0] & OFFSET_MASK and table == words[0] * self._ones + self._ramp:
+            # The best of tables, and common: full, and in one piece.
+            first = (words[0] & OFFSET_MASK) >> self.bits
+            last = first + len(words) - 1
+            used, run = range(first, last + 1), True
+        else:
+            hosts = array("Q")
+            hosts.frombytes(((table & self._offsets) >> self.bits).to_bytes(8 * len(words), sys.byteorder))
+            used = list(filter(None, hosts))
+            if not used:
+                return 0
+            first, last = used[0], used[-1]
+            run = last - first == len(used) - 1 and used == list(range(first, last + 1))
         if (last if run else max(used)) >= self.clusters:
             return self._l2_entries(name, words, bitmaps, l1_index, active)
         if active:

@@ -372,6 +372,25 @@ def test_fast_like_slow(entries: list[int], refcounts: list[int], run: bool) -> 
     assert fast.report == slow.report
 
 
+@pytest.mark.parametrize("flags", [COPIED, 0, COPIED | 1])
+@pytest.mark.parametrize("refcount", [1, 2])
+@pytest.mark.parametrize("first", [1, 40])
+def test_full_table(flags: int, refcount: int, first: int) -> None:
+    """Contiguous from the first entry to the last, inside the file or over its end."""
+    header = Header.parse(Image(cluster_bits=9).build())
+    words = array("Q", range(first << 9 | flags, (first + 64 << 9) | flags, 512))
+    raw = words[:]
+    raw.byteswap()
+    surveys = [Survey(MemoryFile(bytes(80 << 9)), header) for _ in range(2)]
+    for one in surveys:
+        for cluster in range(80):
+            one.stored[cluster] = refcount
+    fast, slow = surveys
+    wrong = fast._l2_table("t", raw.tobytes(), 0, True)
+    assert wrong == slow._l2_entries("t", words, None, 0, True)
+    assert fast.counted == slow.counted and fast.report == slow.report
+
+
 # -- errors and limits ------------------------------------------------------------------------------
 
 

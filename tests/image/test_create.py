@@ -69,12 +69,12 @@ CASES: list[dict[str, Any]] = [
         for bits in (1, 64)
     ),
     *({"size": size} for size in (0, 1, 512, 1000, TIB, 64 * TIB)),
-    {"size": 128 << 30, "cluster_size": 512},
+    {"size": 16 << 30, "cluster_size": 512},
     {"size": 0, "version": 2},
     {"size": 64 * TIB, "version": 2},
     {"size": 10 * MIB, "version": 2, "preallocation": "metadata"},
     {"size": 1 << 30, "extended_l2": True},
-    {"size": 1 << 30, "extended_l2": True, "preallocation": "metadata", "cluster_size": 16384},
+    {"size": 32 * MIB, "extended_l2": True, "preallocation": "metadata", "cluster_size": 16384},
     {"size": 10 * MIB, "lazy_refcounts": True},
     {"size": 10 * MIB, "compression_type": "zstd"},
 ]
