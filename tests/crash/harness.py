@@ -5,23 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from nbdbm.errors import ImageError
 from nbdbm.image.blockfile import HostFile, ThreadedFile
 from nbdbm.image.check import check
 from nbdbm.image.image import Image, OpenOptions
-from tests.crash.scenarios import BACKING, DATA_FILE, IMAGE, Action, Kind, Workload
+from tests.crash.scenarios import BACKING, DATA_FILE, SNAPSHOT, Action, Kind, Workload
+from tests.support.crashfile import NEVER, Base, CrashFile, Scratch
 from tests.support.guestmodel import GuestModel
-from tests.support.powercut import CrashFile, CrashState, PowerCutFile, Scratch, Timeline
+from tests.support.powercut import CrashState, PowerCutFile, Timeline
 from tests.support.qemu import SYSTEM, run
 
 CLEAN = (0, 3)
 """Exit statuses of qemu-img check: no errors, leaks only."""
-READING = OpenOptions(read_only=True)
-WRITING = OpenOptions(read_only=False)
+
+TALLY = Counter[str]()
+"""How many states have been judged, for the summary at the end."""
+
+T = TypeVar("T")
+
+
+def drive(work: Coroutine[object, object, T]) -> T:
+    """``asyncio.run`` without the suite's debug mode, which makes a state three times as dear."""
+    return asyncio.run(work, debug=False)
 
 
 @dataclass
@@ -34,6 +45,20 @@ class Recording:
     files: list[PowerCutFile]
     failures: list[str] = field(default_factory=list)
     """Requests that were answered with an error, with the error."""
+    closed: int = NEVER
+    """The tick from which the image was closed cleanly."""
+
+    async def open(self, files: Iterable[HostFile], *, read_only: bool, snapshot: str | None = None) -> Image:
+        """The image in ``files``, which are this recording's or stand for them."""
+        options = OpenOptions(read_only=read_only, format=self.kind.format, snapshot=snapshot)
+        return await Image.open(self.files[0].path, options, opener(files))
+
+    def now(self) -> CrashState:
+        """What there is without a power failure."""
+        files = [
+            CrashFile(Base(bytes(file.data), garbage=self.timeline.garbage), file.path) for file in self.files
+        ]
+        return CrashState(self.timeline.now, files, [], [])
 
     def states(self, **options: object) -> Iterator[CrashState]:
         """Crash states, see ``Timeline.states``."""
@@ -51,11 +76,12 @@ def opener(files: Iterable[HostFile]) -> Callable[[str, bool], HostFile]:
     return open_file
 
 
-def load(kind: Kind, place: Path, *, seed: int | None = None, garbage: bool = True) -> Recording:
+def load(kind: Kind, place: Path, *, seed: int | None = None) -> Recording:
     """Recorded files with the content of the image that ``kind.make`` made in ``place``."""
-    timeline = Timeline(garbage=garbage)
+    # A raw disk shows what the host makes of a trim; holes, here. In qcow2 what is trimmed is unmapped.
+    timeline = Timeline(garbage=kind.format != "raw")
     rng = None if seed is None else random.Random(seed)
-    names = [IMAGE, DATA_FILE] if kind.data_file else [IMAGE]
+    names = [kind.file_name, DATA_FILE] if kind.data_file else [kind.file_name]
     files = [
         PowerCutFile(timeline, (place / name).read_bytes(), path=str(place / name), rng=rng) for name in names
     ]
@@ -80,7 +106,6 @@ async def play(
     workload: Workload,
     *,
     wrap: Callable[[HostFile], HostFile] = lambda file: file,
-    options: OpenOptions = WRITING,
     close: bool = True,
     during: Callable[[Image], Awaitable[None]] | None = None,
 ) -> None:
@@ -89,7 +114,8 @@ async def play(
     ``wrap`` may put something (faults) between the engine and the files. A request that fails is noted
     in ``failures``; its outcome is open, as far as the model is concerned.
     """
-    image = await Image.open(recording.files[0].path, options, opener(wrap(f) for f in recording.files))
+    files = [wrap(file) for file in recording.files]
+    image = await recording.open(files, read_only=False)
 
     async def request(action: Action) -> None:
         data = action.data if action.kind == "write" else b""
@@ -102,13 +128,25 @@ async def play(
             recording.model.end(op)
 
     for group in workload.groups:
-        await asyncio.gather(*(request(action) for action in group))
+        if group[0].kind == "reopen":
+            await _close(recording, image)
+            image = await recording.open(files, read_only=False)
+        else:
+            await asyncio.gather(*(request(action) for action in group))
     if during is not None:
         await during(image)
     if close:
-        for file in recording.files:
-            file.close = lambda: None  # type: ignore[method-assign]
-        await image.close()
+        await _close(recording, image)
+        recording.closed = recording.timeline.ack()
+
+
+async def _close(recording: Recording, image: Image) -> None:
+    """Close the image: no request can tell any more, but all that was written is durable by then."""
+    flush = recording.model.begin("flush")
+    await image.close()
+    recording.model.end(flush)
+    for file in recording.files:
+        file.closed = False
 
 
 async def read_disk(image: Image) -> bytes:
@@ -121,14 +159,16 @@ async def read_disk(image: Image) -> bytes:
 async def judge(recording: Recording, state: CrashState, *, reopen: bool = False) -> list[str]:
     """What is wrong with the state; empty if nothing.
 
-    It must open, hold what was promised and nothing else, be sound but for leaks, and have no bitmap that
-    claims to be true and has missed something. With ``reopen`` all that again after it was opened for
-    writing, which repairs what needs repair, and closed. The state is changed by that.
+    It must open, hold what was promised and nothing else, be sound but for leaks (and without them, once
+    the image was closed), have its snapshot untouched, and no bitmap that claims to be true and has missed
+    something. With ``reopen`` all that again after it was opened for writing, which repairs what needs
+    repair, and closed. The state is changed by that.
     """
+    TALLY["states"] += 1
     problems = await _judge_once(recording, state)
     if reopen and not problems:
         try:
-            image = await Image.open(recording.files[0].path, WRITING, opener(_unclosed(state)))
+            image = await recording.open(_unclosed(state), read_only=False)
             await image.close()
         except (OSError, ImageError) as error:
             return [f"does not open for writing: {error}"]
@@ -145,7 +185,7 @@ def _unclosed(state: CrashState) -> list[CrashFile]:
 async def _judge_once(recording: Recording, state: CrashState) -> list[str]:
     problems = []
     try:
-        image = await Image.open(recording.files[0].path, READING, opener(_unclosed(state)))
+        image = await recording.open(_unclosed(state), read_only=True)
     except ImageError as error:
         return [f"does not open: {error}"]
     try:
@@ -155,16 +195,27 @@ async def _judge_once(recording: Recording, state: CrashState) -> list[str]:
             if bitmap.enabled:
                 missed = recording.model.false_clean(state.tick, await image.bits(bitmap.name))
                 problems += [f"bitmap {bitmap.name}: granule at {at:#x} is falsely clean" for at in missed]
-        assert image.header is not None
-        if not image.header.dirty:
+        if image.header is not None and not image.header.dirty:
             report = await check(state.files[0], image.header)
-            if report.corruptions or report.check_errors:
+            if report.corruptions or report.check_errors or (report.leaks and state.tick >= recording.closed):
                 problems += report.problems
     except (OSError, ImageError) as error:
         problems.append(f"cannot be read: {error}")
     finally:
         await image.close()
+    if recording.kind.snapshot and not problems:
+        problems += await _judge_snapshot(recording, state)
     return problems
+
+
+async def _judge_snapshot(recording: Recording, state: CrashState) -> list[str]:
+    try:
+        image = await recording.open(_unclosed(state), read_only=True, snapshot=SNAPSHOT)
+        disk = await read_disk(image)
+        await image.close()
+    except (OSError, ImageError) as error:
+        return [f"the snapshot cannot be read: {error}"]
+    return [] if disk == recording.kind.content() else ["the snapshot has changed"]
 
 
 class OutsideJudge:
@@ -174,10 +225,13 @@ class OutsideJudge:
         place.mkdir()
         if recording.kind.backing:
             os.symlink(Path(recording.files[0].path).with_name(BACKING), place / BACKING)
+        self._format = recording.kind.format
         self._scratch = [Scratch(place / os.path.basename(file.path)) for file in recording.files]
 
     def check(self, state: CrashState) -> list[str]:
         """What qemu-img check calls corrupt."""
+        if self._format != "qcow2":
+            return []
         paths = [scratch.show(file) for scratch, file in zip(self._scratch, state.files, strict=True)]
         target = ["-f", "qcow2", str(paths[0])]
         if len(paths) > 1:

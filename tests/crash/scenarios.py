@@ -22,12 +22,14 @@ from tests.support.qemu import SYSTEM
 
 SECTOR = 512
 IMAGE = "disk.qcow2"
+RAW = "disk.raw"
 DATA_FILE = "disk.data"
 BACKING = "base.raw"
 RECORDING = "recording"
 DISABLED = "disabled"
+SNAPSHOT = "before"
 GRANULARITY = 4096
-"""Bytes; of every bitmap here."""
+"""Bytes; of the bitmaps that every kind of image has."""
 
 
 def tagged(seed: int, offset: int, length: int) -> bytes:
@@ -56,6 +58,17 @@ class Kind:
     bitmaps: bool = True
     preallocated_zeroes: bool = False
     """The holes are zero clusters that have host clusters."""
+    granularities: tuple[int, ...] = ()
+    """Of more recording bitmaps, bytes."""
+    format: str = "qcow2"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def file_name(self) -> str:
+        """Of the image."""
+        return IMAGE if self.format == "qcow2" else RAW
 
     @property
     def size(self) -> int:
@@ -71,6 +84,10 @@ class Kind:
 
     def make(self, place: Path) -> Path:
         """Make the image in ``place`` with all that belongs to it; return its path."""
+        if self.format == "raw":
+            path = place / RAW
+            path.write_bytes(self.content())
+            return path
         raw, path = place / "content.raw", place / IMAGE
         quarter = self.size // 4
         if self.backing:
@@ -89,11 +106,13 @@ class Kind:
             for start in (quarter, 3 * quarter):
                 SYSTEM.io(path, f"write {start} {quarter}", f"write -z {start} {quarter}")
         if self.snapshot:
-            SYSTEM.img("snapshot", "-c", "before", path)
+            SYSTEM.img("snapshot", "-c", SNAPSHOT, path)
         if self.bitmaps:
             granularity = ("-g", GRANULARITY)
             SYSTEM.img("bitmap", "--add", *granularity, path, RECORDING)
             SYSTEM.img("bitmap", "--add", "--disable", *granularity, path, DISABLED)
+            for more in self.granularities:
+                SYSTEM.img("bitmap", "--add", "-g", str(more), path, f"{RECORDING}-{more}")
         raw.unlink()
         return path
 
@@ -104,6 +123,9 @@ class Kind:
             SYSTEM.io(path, f"write -s {part} {start} {quarter}")
             part.unlink()
 
+
+TABLE_GROWTH = Kind("table-growth", 512, ("refcount_bits=64",), 4480)
+"""Its refcount table is full before its disk is."""
 
 KINDS = {
     kind.name: kind
@@ -125,13 +147,18 @@ KINDS = {
         Kind("data-file-raw", data_file=True, options=("data_file_raw=on",)),
         Kind("zeroes-in-place", preallocated_zeroes=True),
         Kind("preallocated", options=("preallocation=metadata",)),
+        Kind("bitmaps", granularities=(512, 65536)),
+        Kind("snapshot-small", cluster_size=1024, clusters=256, snapshot=True),
+        Kind("snapshot-extended-l2", 16384, ("extended_l2=on",), 32, snapshot=True),
+        Kind("compressed-backing", compressed=True, backing=True),
+        Kind("raw", format="raw", bitmaps=False),
     )
 }
 
 
 # -- workloads ---------------------------------------------------------------------------------
 
-ActionKind = Literal["write", "zeroes", "trim", "flush"]
+ActionKind = Literal["write", "zeroes", "trim", "flush", "reopen"]
 
 
 class Action(NamedTuple):
@@ -152,6 +179,8 @@ class Action(NamedTuple):
 
 Group = tuple[Action, ...]
 FLUSH: Group = (Action("flush"),)
+REOPEN: Group = (Action("reopen"),)
+"""The image is closed and opened again; alone in its group."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +310,34 @@ def growing(disk: Disk) -> tuple[Group, ...]:
     return (*groups, FLUSH, *one(disk.write(4 * quarter - 1)))
 
 
+def filling(disk: Disk) -> tuple[Group, ...]:
+    """Fill all holes with few large requests, side by side, so that the refcount table must grow."""
+    quarter = disk.units // 4
+    eighth = quarter // 2
+    return (
+        (disk.write(quarter, eighth), disk.write(quarter + eighth, eighth), Action("flush")),
+        (disk.write(3 * quarter, eighth), disk.zeroes(4, eighth)),
+        (Action("flush"), disk.write(3 * quarter + eighth, eighth)),
+        FLUSH,
+        *one(disk.write(5, eighth), disk.write(quarter + 1, 2)),
+    )
+
+
+def reopening(disk: Disk) -> tuple[Group, ...]:
+    """Sessions on end, with and without writes: bitmaps are stored, armed and stored again."""
+    quarter = disk.units // 4
+    return (
+        *one(disk.write(quarter), disk.trim(1)),
+        REOPEN,
+        REOPEN,
+        *one(disk.write(1.5, 1), disk.write(quarter + 2)),
+        FLUSH,
+        *one(disk.zeroes(4, 2)),
+        REOPEN,
+        *one(disk.write(quarter + 3, 3), disk.write(4, fua=True)),
+    )
+
+
 def overlapping(disk: Disk) -> tuple[Group, ...]:
     """Requests of every sort under way on the same clusters."""
     quarter = disk.units // 4
@@ -315,6 +372,7 @@ WORKLOADS: dict[str, Callable[[Disk], tuple[Group, ...]]] = {
         reuse_after_rewrite,
         zeroes_over_durable,
         growing,
+        reopening,
         overlapping,
         many_flushes,
     )
@@ -323,7 +381,8 @@ WORKLOADS: dict[str, Callable[[Disk], tuple[Group, ...]]] = {
 
 def workload(name: str, kind: Kind) -> Workload:
     """The workload of this name on a disk of this kind."""
-    return Workload(name, WORKLOADS[name](Disk(kind.cluster_size, kind.clusters)))
+    make = filling if name == "filling" else WORKLOADS[name]
+    return Workload(name, make(Disk(kind.cluster_size, kind.clusters)))
 
 
 def random_workload(kind: Kind, seed: int, actions: int, *, together: int = 3) -> Workload:
@@ -342,7 +401,10 @@ def random_workload(kind: Kind, seed: int, actions: int, *, together: int = 3) -
                 at = rng.randrange(8 * grain) / grain + rng.choice((0, disk.units // 4))
             count = rng.choice((1, 1, 2, 3)) / rng.choice((1, grain))
             fua = rng.random() < 0.1
-            match rng.choices(("write", "zeroes", "trim", "flush"), (6, 2, 2, 2))[0]:
+            match rng.choices(("write", "zeroes", "trim", "flush", "reopen"), (12, 4, 4, 4, 1))[0]:
+                case "reopen" if not group:
+                    group.append(Action("reopen"))
+                    break
                 case "write":
                     group.append(disk.write(at, count, fua=fua))
                 case "zeroes":
@@ -352,5 +414,7 @@ def random_workload(kind: Kind, seed: int, actions: int, *, together: int = 3) -
                 case _:
                     group.append(Action("flush"))
         left -= len(group)
-        groups.append(tuple(action for action in group if action.length or action.kind == "flush"))
+        groups.append(
+            tuple(action for action in group if action.length or action.kind in ("flush", "reopen"))
+        )
     return Workload(f"random-{seed}", tuple(group for group in groups if group))
