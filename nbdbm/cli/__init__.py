@@ -26,6 +26,8 @@ COMMANDS = {
     "info": "nbdbm.cli.info:info",
     "map": "nbdbm.cli.map:map_command",
     "bitmap": "nbdbm.cli.bitmap:bitmap",
+    "create": "nbdbm.cli.create:create",
+    "check": "nbdbm.cli.check:check",
 }
 """Subcommand -> where it is: start-up time is what a backup script feels a hundred times a night."""
 

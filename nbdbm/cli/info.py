@@ -12,6 +12,7 @@ from nbdbm.cli import printable
 from nbdbm.cli.bitmap import bitmap_entries, bitmap_table, remarks
 from nbdbm.cli.options import LookOptions, image_options
 from nbdbm.cli.picture import human
+from nbdbm.errors import ImageError
 
 if TYPE_CHECKING:
     from nbdbm.image.image import Image
@@ -34,11 +35,22 @@ def info(image: str, as_json: bool, dirty: bool, look: LookOptions) -> None:
     async def run() -> dict[str, Any]:
         from nbdbm.image.image import Image
 
-        opened = await Image.open(image, look.for_engine())
         try:
-            return await gather(opened, count_all=dirty)
+            opened = await Image.open(image, look.for_engine())
+            missing = None
+        except ImageError as error:
+            if look.no_backing or look.backing_root is not None:
+                raise
+            # Perhaps it is only what it refers to; if it is the file itself, the same is raised again.
+            opened = await Image.open(image, look.for_engine(chain=False))
+            missing = error
+        try:
+            facts = await gather(opened, count_all=dirty)
         finally:
             await opened.close()
+        if missing is not None:
+            facts["notices"].append(f"the files that it refers to cannot be used: {missing}")
+        return facts
 
     facts = asyncio.run(run())
     if as_json:
@@ -55,7 +67,7 @@ async def gather(image: Image, *, count_all: bool) -> dict[str, Any]:
     ``format``           ``qcow2`` or ``raw``
     ``virtual_size``     of the disk that is served
     ``disk_size``        allocated on the host by the image and its data file
-    ``cluster_size``     null for raw images, as all the following down to ``data_file``
+    ``cluster_size``     null for raw images, as all the following down to ``backing_file``
     ``version``          of the qcow2 format, 2 or 3
     ``compat``           the same in qemu-img's words, ``0.10`` or ``1.1``
     ``compression``      ``zlib`` or ``zstd``
@@ -63,8 +75,9 @@ async def gather(image: Image, *, count_all: bool) -> dict[str, Any]:
     ``features``         list of those in use: ``dirty``, ``corrupt``, ``data-file``, ``data-file-raw``,
                          ``compression-type``, ``extended-l2``, ``lazy-refcounts``, ``bitmaps``
     ``data_file``        external data file, as recorded, or null
+    ``backing_file``     as recorded, or null
     ``backing_chain``    list of ``file``, ``format``, ``virtual_size``, ``disk_size``, ``data_file``:
-                         the files under the image, the nearest first
+                         the files under the image, the nearest first; empty if one cannot be used
     ``snapshots``        list of ``id``, ``name``, ``date`` (seconds since 1970), ``virtual_size`` (or
                          null), ``vm_state_size``
     ``bitmaps``          list, see ``bitmap_entries``
@@ -94,6 +107,7 @@ async def gather(image: Image, *, count_all: bool) -> dict[str, Any]:
         "refcount_bits": header and header.refcount_bits,
         "features": _features(image),
         "data_file": header and header.data_file,
+        "backing_file": header and header.backing_file,
         "backing_chain": layers[1:],
         "snapshots": [
             {
@@ -149,6 +163,8 @@ def show(facts: dict[str, Any]) -> None:
         main.add_row("features", ", ".join(facts["features"]) or "-")
     if facts["data_file"] is not None:
         main.add_row("data file", printable(facts["data_file"]))
+    if facts["backing_file"] is not None and not facts["backing_chain"]:
+        main.add_row("backing file", printable(facts["backing_file"]))
     out.print(main)
 
     if facts["backing_chain"]:

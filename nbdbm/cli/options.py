@@ -30,8 +30,8 @@ class LookOptions:
         if self.no_backing and self.backing_root is not None:
             raise UsageError("--no-backing excludes --backing-root: there would be nothing to confine")
 
-    def for_engine(self) -> OpenOptions:
-        """The engine's options for a read-only look."""
+    def for_engine(self, *, chain: bool = True) -> OpenOptions:
+        """The engine's options for a read-only look; without ``chain`` at nothing but the file itself."""
         from nbdbm.image.image import OpenOptions
 
         return OpenOptions(
@@ -41,6 +41,7 @@ class LookOptions:
             no_backing=self.no_backing,
             backing_root=self.backing_root,
             force_share=self.force_share,
+            chain=chain,
         )
 
     def refuse_for(self, uri: str) -> None:

@@ -308,7 +308,8 @@ def remedy(image: str, bitmap: str) -> str:
     """The shell command that removes a bitmap which can be used for nothing else."""
     import shlex
 
-    return shlex.join(["qemu-img", "bitmap", "--remove", image, bitmap])
+    end = ["--"] if image.startswith("-") or bitmap.startswith("-") else []
+    return shlex.join([PROGRAM, "bitmap", "remove", *end, image, bitmap])
 
 
 def _say(text: str, *, err: bool = False) -> None:

@@ -1,8 +1,9 @@
-"""``nbdbm bitmap list``: every bitmap, what it is good for, and how much is dirty in it."""
+"""``nbdbm bitmap``: listing bitmaps, and changing them."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,108 @@ def test_the_same_as_qemu_img_says(image: Path) -> None:
     assert [{key: entry[key] for key in ("name", "granularity", "flags")} for entry in ours] == [
         {key: entry[key] for key in ("name", "granularity", "flags")} for entry in theirs
     ]
+
+
+# -- changing ----------------------------------------------------------------------------------
+
+
+def change(*arguments: object, status: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["bitmap", *map(str, arguments)])
+    assert result.exit_code == status, (result.output, result.exception)
+    assert result.stdout == ""
+    return result
+
+
+def flags(image: Path) -> dict[str, list[str]]:
+    return {name: entry["flags"] for name, entry in listed(image).items()}
+
+
+def test_each_command(image: Path) -> None:
+    change("add", image, "new", "fine", "-g", "512")
+    assert [listed(image)[name]["granularity"] for name in ("new", "fine")] == [512, 512]
+    change("add", image, "idle", "--disable")
+    assert (flags(image)["new"], flags(image)["idle"]) == (["auto"], [])
+    assert listed(image)["idle"]["granularity"] == 65536
+    change("merge", image, "new", "monday", "archive")
+    assert listed(image)["new"]["dirty_bytes"] == DIRTY
+    change("disable", image, "new", "fine")
+    change("enable", image, "idle")
+    assert [flags(image)[name] for name in ("new", "fine", "idle")] == [[], [], ["auto"]]
+    change("clear", image, "new", "monday")
+    assert [listed(image)[name]["dirty_bytes"] for name in ("new", "monday")] == [0, 0]
+    change("rename", image, "monday", "tuesday")
+    change("remove", image, "new", "idle")
+    assert list(listed(image)) == ["sunday", "archive", "tuesday", "fine"]
+    change("remove", image, "--inconsistent", "fine")
+    assert list(listed(image)) == ["archive", "tuesday"]
+
+
+def test_merging_from_another_image(image: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.qcow2"
+    other.write_bytes(Image(size=EXPECTED["size"], bitmaps=[Bitmap(b"all", bits=b"\xff" * 64)]).build())
+    change("merge", image, "archive", "all", "-b", other, "-F", "qcow2")
+    assert listed(image)["archive"]["dirty_bytes"] == EXPECTED["size"]
+    result = change("merge", image, "archive", "none", "--source-file", other, status=1)
+    assert result.stderr == f"nbdbm: {other}: bitmap 'none': there is no such bitmap in the image\n"
+
+
+def test_several_operations_in_the_order_given(image: Path) -> None:
+    change(
+        *("edit", "--add", "a", "-g", "4K", "--disabled", "--merge", "a", "monday", image),
+        *("--clear", "monday", "--add", "b", "--rename", "a", "c", "--remove-inconsistent"),
+        *("--enable", "archive", "--disable", "monday", "--remove", "b", "--add", "b", "--granularity", "1M"),
+    )
+    found = listed(image)
+    assert list(found) == ["archive", "monday", "c", "b"]
+    assert found["c"]["dirty_bytes"] == DIRTY and found["monday"]["dirty_bytes"] == 0
+    assert [(e["granularity"], e["flags"]) for e in found.values()] == [
+        (65536, ["auto"]),
+        (16384, []),
+        (4096, []),
+        (1 << 20, ["auto"]),
+    ]
+
+
+def test_all_or_nothing(image: Path) -> None:
+    before = image.read_bytes()
+    result = change("edit", image, "--add", "x", "--clear", "sunday", status=1)
+    assert result.stderr.startswith(f"nbdbm: {image}: bitmap 'sunday': it is inconsistent")
+    assert result.stderr.count("\n") == 1
+    change("remove", image, "monday", "none", status=1)
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["add", "IMAGE"], "NAME..."),
+        (["add", "IMAGE", "x", "-g", "many"], "'many' is not a size"),
+        (["remove", "IMAGE"], "which bitmaps to remove"),
+        (["merge", "IMAGE", "monday", "archive", "-F", "raw"], "--source-format is about --source-file"),
+        (["edit", "IMAGE"], "what to do"),
+        (["edit", "IMAGE", "-g", "4K", "--add", "x"], "belongs to an --add right before it"),
+        (["edit", "IMAGE", "--add", "x", "-g", "many"], "'many' is not a size"),
+        (["edit", "IMAGE", "--clear", "monday", "--disabled"], "belongs to an --add right before it"),
+        (["edit", "IMAGE", "--add", "x", "-b", "file"], "belongs to a --merge right before it"),
+        (["edit", "IMAGE", "--merge", "monday", "archive", "-F", "raw"], "--source-format is about"),
+        (["edit", "IMAGE", "--merge", "monday"], "requires 2 arguments"),
+    ],
+)
+def test_command_lines_that_make_no_sense(image: Path, words: list[str], says: str) -> None:
+    before = image.read_bytes()
+    assert says in change(*(image if word == "IMAGE" else word for word in words), status=2).stderr
+    assert image.read_bytes() == before
+
+
+def test_notices_go_to_stderr(tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    image.write_bytes(Image(bitmaps=[Bitmap(b"old")], autoclear=0).build())
+    assert "stale" in change("add", image, "new").stderr
+    assert list(listed(image)) == ["new"]
+
+
+def test_the_remedy_works(image: Path) -> None:
+    program, *words = shlex.split(listed(image)["sunday"]["remedy"])
+    assert program == "nbdbm"
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert "sunday" not in listed(image)

@@ -30,6 +30,7 @@ KEYS = [
     "refcount_bits",
     "features",
     "data_file",
+    "backing_file",
     "backing_chain",
     "snapshots",
     "bitmaps",
@@ -163,6 +164,26 @@ def test_chain_snapshots_and_features(tmp_path: Path) -> None:
     theirs = SYSTEM.img_json("info", middle)["snapshots"]
     assert found["snapshots"][0]["date"] == theirs[0]["date-sec"]
     assert any(row[:2] == ["1", "before"] and row[2].endswith("UTC") for row in words(run(middle).stdout))
+
+
+@requires("qemu-img")
+def test_what_it_refers_to_may_be_missing(tmp_path: Path) -> None:
+    base, top, split, data = (tmp_path / name for name in ("base.qcow2", "top.qcow2", "split.qcow2", "data"))
+    SYSTEM.img("create", "-q", "-f", "qcow2", base, "1M")
+    SYSTEM.img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    SYSTEM.img("bitmap", "--add", top, "monday")
+    SYSTEM.img("create", "-q", "-f", "qcow2", "-o", f"data_file={data}", split, "1M")
+    base.unlink()
+    data.unlink()
+    found = facts(top)
+    assert (found["backing_file"], found["backing_chain"]) == (str(base), [])
+    assert [b["dirty_bytes"] for b in found["bitmaps"]] == [0]
+    assert any(str(base) in notice and "No such file" in notice for notice in found["notices"])
+    assert ["backing file", str(base)] in words(run(top).stdout)
+    assert any(str(data) in notice for notice in facts(split)["notices"])
+    assert "No such file" in run("--backing-root", tmp_path, top, status=1).stderr
+    # Nothing of this for the image itself.
+    assert run(base, status=1).stderr.count("No such file") == 1
 
 
 @requires("qemu-img")

@@ -337,4 +337,5 @@ def test_command_variables_for_tcp() -> None:
 
 
 def test_remedy_is_quoted_for_the_shell() -> None:
-    assert remedy("my disk.qcow2", "b'1") == "qemu-img bitmap --remove 'my disk.qcow2' 'b'\"'\"'1'"
+    assert remedy("my disk.qcow2", "b'1") == "nbdbm bitmap remove 'my disk.qcow2' 'b'\"'\"'1'"
+    assert remedy("disk.qcow2", "-b") == "nbdbm bitmap remove -- disk.qcow2 -b"
