@@ -13,7 +13,8 @@ from nbdbm.cli import printable
 from nbdbm.errors import UsageError
 
 if TYPE_CHECKING:
-    from nbdbm.image.check import CheckReport, Progress
+    from nbdbm.image.check import Progress
+    from nbdbm.image.checkreport import CheckReport
 
 EXIT_HELP = """\b
 Exit status, as with qemu-img check:

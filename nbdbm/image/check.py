@@ -17,31 +17,25 @@ hundred per metadata cluster, one L1 table and one L2 table. The numbers mean wh
 
 from __future__ import annotations
 
-import sys
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from operator import sub
+from collections.abc import Callable
 
 from nbdbm.errors import CorruptError, FormatError, UnsupportedError, UnsupportedFormat
 from nbdbm.image.blockfile import BlockFile, ThreadedFile
+from nbdbm.image.checkreport import CheckReport
+from nbdbm.image.checktables import L2Tables, words_of
 from nbdbm.image.counts import Counts
 from nbdbm.qcow2.bitmapdir import DirectoryEntry, parse_directory
-from nbdbm.qcow2.compressed import CompressedDescriptor
 from nbdbm.qcow2.constants import (
     BITMAP_ENTRY_RESERVED_MASK,
-    COMPRESSED,
     COPIED,
     L1_RESERVED_MASK,
-    L2_RESERVED_MASK,
     MAX_BITMAP_TABLE,
     MAX_L1_SIZE,
     MAX_SNAPSHOT_TABLE,
     OFFSET_MASK,
     REFTABLE_RESERVED_MASK,
     V3_MIN_HEADER_LENGTH,
-    ZERO,
     AutoclearFeature,
     ExtensionType,
 )
@@ -51,8 +45,6 @@ from nbdbm.qcow2.snapshots import SnapshotEntry
 
 MAX_HOST_CLUSTERS = 1 << 29
 """Of one file: 1 GiB of counts. 64 KiB clusters get to 32 TiB this way."""
-MAX_PROBLEMS = 1000
-"""Messages kept; a damaged L2 table of a large cluster alone could make a hundred thousand."""
 BITMAP_TABLE_PART = 1 << 20
 """Bytes of a bitmap table read at a time."""
 MIN_WINDOW = 4096
@@ -61,79 +53,6 @@ MIN_WINDOW = 4096
 
 Progress = Callable[[int, int], None]
 """(steps done, steps in all), called now and then."""
-
-
-@dataclass(slots=True)
-class CheckReport:
-    """What a check found. Counts under the names that ``qemu-img check --output=json`` gives them."""
-
-    filename: str
-    format: str = "qcow2"
-    check_errors: int = 0
-    """Places that could not be read."""
-    corruptions: int = 0
-    leaks: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    image_end_offset: int = 0
-    """Bytes; no cluster from here on is in use."""
-    total_clusters: int = 0
-    """Of the virtual disk."""
-    allocated_clusters: int = 0
-    fragmented_clusters: int = 0
-    compressed_clusters: int = 0
-    problems: list[str] = field(default_factory=list)
-    """One line each, at most MAX_PROBLEMS; what could be repaired is not in it any more."""
-    more_problems: int = 0
-    """How many lines did not fit."""
-
-    @property
-    def exit_status(self) -> int:
-        """0 clean, 1 the check could not be completed, 2 corrupt, 3 leaks only."""
-        if self.check_errors:
-            return 1
-        if self.corruptions:
-            return 2
-        return 3 if self.leaks else 0
-
-    def say(self, problem: str) -> None:
-        """Note a line."""
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(problem)
-        else:
-            self.more_problems += 1
-
-    def corrupt(self, problem: str) -> None:
-        """Note a corruption."""
-        self.corruptions += 1
-        self.say(f"corrupt: {problem}")
-
-    def failed(self, problem: str) -> None:
-        """Note a place that could not be checked."""
-        self.check_errors += 1
-        self.say(f"not checked: {problem}")
-
-    def to_json(self) -> dict[str, object]:
-        """With qemu-img's keys; numbers of fixes only where something was fixed, as there."""
-        found: dict[str, object] = {
-            "filename": self.filename,
-            "format": self.format,
-            "check-errors": self.check_errors,
-            "image-end-offset": self.image_end_offset,
-            "total-clusters": self.total_clusters,
-            "allocated-clusters": self.allocated_clusters,
-            "fragmented-clusters": self.fragmented_clusters,
-            "compressed-clusters": self.compressed_clusters,
-        }
-        for key, value in (
-            ("corruptions", self.corruptions),
-            ("leaks", self.leaks),
-            ("corruptions-fixed", self.corruptions_fixed),
-            ("leaks-fixed", self.leaks_fixed),
-        ):
-            if value:
-                found[key] = value
-        return found
 
 
 async def check(file: BlockFile, header: Header, *, progress: Progress | None = None) -> CheckReport:
@@ -206,21 +125,8 @@ class Survey:
         """Cluster -> how many L1 entries refer to it as an L2 table."""
         self._blocks: dict[int, int] = {}
         """Cluster -> index of the refcount block in it."""
-        geometry = self.geometry
-        unusual = COMPRESSED | L2_RESERVED_MASK | geometry.misaligned_mask
-        if geometry.extended_l2 or geometry.version < 3:
-            unusual |= ZERO
-        entries = geometry.l2_entries
         self._zeroes = bytes(self.size)
-        self._ones = _lanes(1, entries)
-        self._ramp = int.from_bytes(
-            array("Q", range(0, entries << self.bits, self.size)).tobytes(), sys.byteorder
-        )
-        """Lane n: what the n-th entry of a table adds to the first one's if the clusters are contiguous."""
-        self._unusual = _lanes(unusual, entries)
-        self._offsets = _lanes(OFFSET_MASK, entries)
-        self._copied = _lanes(COPIED, entries)
-        self._low_halves = _lanes(0xFFFF_FFFF, entries)
+        self.tables = L2Tables(self)
 
     @property
     def complete(self) -> bool:
@@ -236,7 +142,7 @@ class Survey:
         """The walk; once."""
         header = self.header
         await self._load_refcounts()
-        self._refer(0, self.size, "the header", exclusive=True)
+        self.refer(0, self.size, "the header", exclusive=True)
         snapshots = await self._snapshots()
         steps = header.l1_size + sum(s.l1_size for s in snapshots) or 1
         done = await self._l1_table(
@@ -251,7 +157,7 @@ class Survey:
                 False,
                 lambda n, before=before: progress(before + n, steps),  # type: ignore[misc]
             )
-        self._refer(
+        self.refer(
             header.refcount_table_offset,
             header.refcount_table_clusters << self.bits,
             "the refcount table",
@@ -265,7 +171,7 @@ class Survey:
 
     # -- references ----------------------------------------------------------------------------
 
-    def _refer(self, offset: int, length: int, what: str, *, exclusive: bool = False) -> bool:
+    def refer(self, offset: int, length: int, what: str, *, exclusive: bool = False) -> bool:
         """Count a reference to each cluster of the range; False if (a part of) it is past the file's end."""
         if length <= 0:
             return True
@@ -312,7 +218,7 @@ class Survey:
             self.rebuild = self.lost_refcounts = True
             self.unknown_blocks.update(range(-(-self.clusters // self.geometry.refcount_block_entries)))
             return
-        self.reftable = _words(raw)
+        self.reftable = words_of(raw)
         for index, entry in enumerate(self.reftable):
             if not entry:
                 continue
@@ -341,7 +247,7 @@ class Survey:
         """Last of all, as in QEMU: a block that anything before refers to cannot be trusted."""
         for index, entry in enumerate(self.reftable):
             if entry and not entry & (self.size - 1) and entry >> self.bits < self.clusters:
-                self._refer(entry, self.size, f"refcount block {index}")
+                self.refer(entry, self.size, f"refcount block {index}")
                 if self.counted[entry >> self.bits] != 1:
                     self.report.corrupt(
                         f"refcount block {index} at {entry:#x} is also used for something else"
@@ -356,13 +262,13 @@ class Survey:
         """Walk one L1 table and all below it; return its number of entries."""
         if not entries:
             return 0
-        if not self._refer(offset, 8 * entries, what, exclusive=True):
+        if not self.refer(offset, 8 * entries, what, exclusive=True):
             self.blind_spots += 1
             return entries
         raw = await self._read(offset, 8 * entries, what)
         if raw is None:
             return entries
-        for index, entry in enumerate(_words(raw)):
+        for index, entry in enumerate(words_of(raw)):
             if not entry:
                 continue
             await self._l1_entry(what, index, entry, active)
@@ -383,15 +289,15 @@ class Survey:
         if offset & (self.size - 1):
             report.corrupt(f"{name} at {offset:#x} is not aligned")
             self.blind_spots += 1
-            self._refer(offset, self.size, name)
+            self.refer(offset, self.size, name)
             return
-        if not self._refer(offset, self.size, name):
+        if not self.refer(offset, self.size, name):
             self.blind_spots += 1
             return
         cluster = offset >> self.bits
         self._l2_tables[cluster] = self._l2_tables.get(cluster, 0) + 1
         wrong = 0
-        if active and self._known(cluster):
+        if active and self.known(cluster):
             stored = self.stored[cluster]
             if (stored == 1) != bool(entry & COPIED):
                 report.corrupt(
@@ -400,190 +306,11 @@ class Survey:
                 wrong = 1
         raw = await self._read(offset, self.size, name)
         if raw is not None and raw != self._zeroes:
-            wrong += self._l2_table(name, raw, index, active)
+            wrong += self.tables.check(name, raw, index, active)
         if wrong:
             self.flagged.append(index)
 
-    def _l2_table(self, name: str, raw: bytes, l1_index: int, active: bool) -> int:
-        """Count what an L2 table refers to; return how many COPIED flags are wrong."""
-        words = _words(raw)
-        bitmaps: array[int] | None = None
-        if self.geometry.extended_l2:
-            words, bitmaps = words[::2], words[1::2]
-            if not self._plain_bitmaps(words, bitmaps):
-                return self._l2_entries(name, words, bitmaps, l1_index, active)
-        if self.geometry.external_data:
-            return self._external_entries(name, words, bitmaps, l1_index, active)
-        table = int.from_bytes(words.tobytes(), sys.byteorder)
-        if table & self._unusual:
-            return self._l2_entries(name, words, bitmaps, l1_index, active)
-        used: Sequence[int]
-        if words[0] & OFFSET_MASK and table == words[0] * self._ones + self._ramp:
-            # The best of tables, and common: full, and in one piece.
-            first = (words[0] & OFFSET_MASK) >> self.bits
-            last = first + len(words) - 1
-            used, run = range(first, last + 1), True
-        else:
-            hosts = array("Q")
-            hosts.frombytes(((table & self._offsets) >> self.bits).to_bytes(8 * len(words), sys.byteorder))
-            used = list(filter(None, hosts))
-            if not used:
-                return 0
-            first, last = used[0], used[-1]
-            run = last - first == len(used) - 1 and used == list(range(first, last + 1))
-        if (last if run else max(used)) >= self.clusters:
-            return self._l2_entries(name, words, bitmaps, l1_index, active)
-        if active:
-            low = self.stored.low
-            ones = (low[first : last + 1] if run else bytes(map(low.__getitem__, used))).count(1)
-            copied = (table & self._copied).bit_count()
-            agree = copied == ones and copied in (0, len(used)) and not words.count(COPIED)
-            if not agree or self.unknown_blocks:
-                # Mixed flags are right or wrong one by one.
-                return self._l2_entries(name, words, bitmaps, l1_index, active)
-            self.report.allocated_clusters += len(used)
-            if not run:
-                self.report.fragmented_clusters += _breaks(used)
-        if run:
-            self.counted.add_run(first, last + 1)
-        else:
-            self.counted.add(used)
-        return 0
-
-    def _plain_bitmaps(self, words: array[int], bitmaps: array[int]) -> bool:
-        """Whether no subcluster bitmap contradicts itself, or its entry."""
-        flat = int.from_bytes(bitmaps.tobytes(), sys.byteorder)
-        if flat >> 32 & flat & self._low_halves:
-            return False
-        return not any(bitmap & 0xFFFF_FFFF and not word for word, bitmap in zip(words, bitmaps, strict=True))
-
-    def _l2_entries(
-        self, name: str, words: array[int], bitmaps: array[int] | None, l1_index: int, active: bool
-    ) -> int:
-        """The slow twin of ``_l2_table``'s short way: entry by entry, whatever they hold."""
-        report, geometry, size = self.report, self.geometry, self.size
-        counted, shift, clusters = self.counted, self.bits, self.clusters
-        reserved = L2_RESERVED_MASK | (ZERO if bitmaps is not None or geometry.version < 3 else 0)
-        misaligned = geometry.misaligned_mask
-        zeroable = active and geometry.version >= 3
-        allocated = compressed = fragmented = wrong = 0
-        expected = 0
-        for index, entry in enumerate(words):
-            bitmap = bitmaps[index] if bitmaps is not None else 0
-            if not entry and not bitmap:
-                continue
-            if entry & COMPRESSED:
-                allocated += 1
-                compressed += 1
-                wrong += self._compressed_entry(name, index, entry, bitmap, active)
-                continue
-            offset = entry & OFFSET_MASK
-            if entry & reserved:
-                report.corrupt(f"entry {index} of {name} is {entry:#x}: reserved bits are set")
-            if bitmap:
-                self._judge_bitmap(name, index, entry, bitmap)
-            if not offset:
-                continue
-            if offset & misaligned:
-                report.corrupt(f"entry {index} of {name} is {entry:#x}: the cluster is not aligned")
-                has_data = bitmap & 0xFFFF_FFFF if bitmaps is not None else not entry & ZERO
-                if not has_data and (not self.zeroable or self.zeroable[-1] != l1_index) and zeroable:
-                    self.zeroable.append(l1_index)
-            allocated += 1
-            if expected and offset != expected:
-                fragmented += 1
-            expected = offset + size
-            cluster = offset >> shift
-            if cluster < clusters and not offset & misaligned:
-                counted.add((cluster,))
-            else:
-                self._refer(offset, size, f"the cluster of entry {index} of {name}")
-            if active and cluster < clusters and self._known(cluster):
-                stored = self.stored[cluster]
-                if (stored == 1) != bool(entry & COPIED):
-                    report.corrupt(
-                        f"entry {index} of {name} is {entry:#x}: wrong COPIED flag, the refcount is {stored}"
-                    )
-                    wrong += 1
-        if active:
-            report.allocated_clusters += allocated
-            report.compressed_clusters += compressed
-            # Compressed clusters share sectors: each counts as a fragment.
-            report.fragmented_clusters += fragmented + compressed
-        return wrong
-
-    def _judge_bitmap(self, name: str, index: int, entry: int, bitmap: int) -> None:
-        if bitmap >> 32 & bitmap & 0xFFFF_FFFF:
-            self.report.corrupt(f"entry {index} of {name}: subclusters are both allocated and zero")
-        elif bitmap & 0xFFFF_FFFF and not self._has_cluster(entry):
-            self.report.corrupt(f"entry {index} of {name}: subclusters are allocated without a cluster")
-
-    def _has_cluster(self, entry: int) -> bool:
-        return bool(entry & OFFSET_MASK) or (self.geometry.external_data and bool(entry & COPIED))
-
-    def _compressed_entry(self, name: str, index: int, entry: int, bitmap: int, active: bool) -> int:
-        """Count a compressed cluster's host clusters; return 1 if it has a COPIED flag."""
-        report = self.report
-        copied = 0
-        if entry & COPIED:
-            report.corrupt(f"entry {index} of {name} is {entry:#x}: COPIED and compressed")
-            copied = int(active)
-        if bitmap:
-            report.corrupt(f"entry {index} of {name}: compressed, but its subcluster bitmap is not zero")
-        if self.geometry.external_data:
-            report.corrupt(f"entry {index} of {name} is {entry:#x}: compressed, with an external data file")
-            return copied
-        try:
-            where = CompressedDescriptor.parse(self.geometry, entry & ~COPIED)
-        except FormatError as error:
-            report.corrupt(f"entry {index} of {name}: {error}")
-            return copied
-        first = where.host_offset >> self.bits
-        last = where.host_offset + where.length - 1 >> self.bits
-        if last < self.clusters:
-            self.counted.add((first,) if first == last else (first, last))
-        else:
-            self._refer(where.host_offset, where.length, f"the compressed cluster of entry {index} of {name}")
-            self.references_end = max(self.references_end, last + 1)
-        return copied
-
-    def _external_entries(
-        self, name: str, words: array[int], bitmaps: array[int] | None, l1_index: int, active: bool
-    ) -> int:
-        """An L2 table over an external data file: nothing to count, but the entries are judged."""
-        report, size = self.report, self.size
-        reserved = L2_RESERVED_MASK | (ZERO if bitmaps is not None else 0)
-        wrong = allocated = fragmented = expected = 0
-        for index, entry in enumerate(words):
-            bitmap = bitmaps[index] if bitmaps is not None else 0
-            if not entry and not bitmap:
-                continue
-            if entry & COMPRESSED:
-                allocated += 1
-                wrong += self._compressed_entry(name, index, entry, bitmap, active)
-                continue
-            if entry & reserved:
-                report.corrupt(f"entry {index} of {name} is {entry:#x}: reserved bits are set")
-            if bitmap:
-                self._judge_bitmap(name, index, entry, bitmap)
-            offset = entry & OFFSET_MASK
-            if not self._has_cluster(entry) or (not offset and bitmaps is None and entry & ZERO):
-                continue
-            if offset & (size - 1):
-                report.corrupt(f"entry {index} of {name} is {entry:#x}: the cluster is not aligned")
-            allocated += 1
-            fragmented += bool(expected and offset != expected)
-            expected = offset + size
-            if active and not entry & COPIED:
-                # "This bit is always set with an external data file", whose clusters are never shared.
-                report.corrupt(f"entry {index} of {name} is {entry:#x}: the COPIED flag is missing")
-                wrong += 1
-        if active:
-            report.allocated_clusters += allocated
-            report.fragmented_clusters += fragmented
-        return wrong
-
-    def _known(self, cluster: int) -> bool:
+    def known(self, cluster: int) -> bool:
         """Whether the stored refcount of the cluster could be read."""
         if not self.unknown_blocks:
             return True
@@ -615,7 +342,7 @@ class Survey:
                 return []
             length *= 4
         size = sum(len(entry.pack()) for entry in table)
-        self._refer(header.snapshots_offset, size, "the snapshot table", exclusive=True)
+        self.refer(header.snapshots_offset, size, "the snapshot table", exclusive=True)
         sound: list[SnapshotEntry] = []
         for entry in table:
             if entry.l1_table_offset & (self.size - 1) or 8 * entry.l1_size > MAX_L1_SIZE:
@@ -639,7 +366,7 @@ class Survey:
             if extension is None:
                 raise FormatError("bitmaps extension", None, "cannot be read")
             extension.validate(self.size, self.file_size)
-            self._refer(
+            self.refer(
                 extension.directory_offset, extension.directory_size, "the bitmap directory", exclusive=True
             )
             raw = await self._read(
@@ -665,7 +392,7 @@ class Survey:
             report.corrupt(f"{name} at {offset:#x} ({entries} entries) is not aligned, or too large")
             self.blind_spots += 1
             return
-        if not self._refer(offset, 8 * entries, name, exclusive=True):
+        if not self.refer(offset, 8 * entries, name, exclusive=True):
             self.blind_spots += 1
             return
         bad = BITMAP_ENTRY_RESERVED_MASK | self.geometry.misaligned_mask
@@ -674,11 +401,11 @@ class Survey:
             raw = await self._read(offset + start, min(BITMAP_TABLE_PART, 8 * entries - start), name)
             if raw is None:
                 return
-            for index, value in enumerate(_words(raw), start // 8):
+            for index, value in enumerate(words_of(raw), start // 8):
                 if value & bad or (value & 1 and value != 1):
                     report.corrupt(f"entry {index} of {name} is {value:#x}: reserved bits, or not aligned")
                 elif value > 1:
-                    self._refer(value & OFFSET_MASK, self.size, what, exclusive=True)
+                    self.refer(value & OFFSET_MASK, self.size, what, exclusive=True)
 
     # -- the verdict ---------------------------------------------------------------------------
 
@@ -689,7 +416,7 @@ class Survey:
             # What is stored for clusters that are not part of the file does not matter.
             stored[self.clusters] = 0
         for cluster in stored.differences(counted):
-            if not self._known(cluster):
+            if not self.known(cluster):
                 continue
             has, needs = stored[cluster], counted[cluster]
             if has < needs:
@@ -723,7 +450,7 @@ class Survey:
             < (self.header.refcount_table_offset >> self.bits) + self.header.refcount_table_clusters
         ):
             self.rebuild = True
-        if self.stored[cluster] == count or not self._known(cluster):
+        if self.stored[cluster] == count or not self.known(cluster):
             self.report.corrupt(line)
         else:
             # The refcount already made this one a corruption.
@@ -753,26 +480,6 @@ async def open_locked(
     except BaseException:
         file.close()
         raise
-
-
-def _words(raw: bytes) -> array[int]:
-    """Big-endian 64-bit numbers."""
-    words = array("Q")
-    words.frombytes(raw)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words
-
-
-def _lanes(word: int, count: int) -> int:
-    """``word`` in each of ``count`` 64-bit lanes of one integer."""
-    return int.from_bytes(word.to_bytes(8, sys.byteorder) * count, sys.byteorder)
-
-
-def _breaks(clusters: Iterable[int]) -> int:
-    """How often a cluster is not followed by its neighbour."""
-    values = list(clusters)
-    return len(values) - 1 - list(map(sub, islice(values, 1, None), values)).count(1)
 
 
 def _times(count: int) -> str:

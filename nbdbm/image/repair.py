@@ -24,7 +24,8 @@ from dataclasses import replace
 
 from nbdbm.errors import CorruptError, ImageError
 from nbdbm.image.blockfile import BlockFile
-from nbdbm.image.check import CheckReport, Progress, Survey, survey
+from nbdbm.image.check import Progress, Survey, survey
+from nbdbm.image.checkreport import CheckReport
 from nbdbm.image.counts import CHUNK
 from nbdbm.qcow2.constants import (
     COMPRESSED,

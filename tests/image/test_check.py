@@ -8,17 +8,15 @@ import json
 import random
 import shutil
 import struct
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nbdbm.errors import CorruptError, LockedError, UnsupportedError
-from nbdbm.image.check import MAX_HOST_CLUSTERS, MAX_PROBLEMS, CheckReport, Survey, check, open_locked, survey
+from nbdbm.image.check import MAX_HOST_CLUSTERS, Survey, check, open_locked, survey
+from nbdbm.image.checkreport import CheckReport
 from nbdbm.qcow2.header import Header
 from tests.support.faults import FaultFile, FaultPlan
 from tests.support.images import Gallery
@@ -305,19 +303,6 @@ def test_unaligned_l2_table_hides_nothing() -> None:
     assert any("is not aligned" in problem for problem in found.report.problems)
 
 
-def test_conflicting_subclusters_keep_their_cluster() -> None:
-    data = bytearray(Image(incompatible=16, clusters={}, size=1 << 20).build())
-    base = walk(bytes(data))
-    assert not base.report.exit_status, base.report.problems
-    words = array("Q", bytes(64 * KIB))
-    words[0], words[1] = 5 << 16 | COPIED, 1 << 32 | 1
-    words[3] = 1
-    found = Survey(MemoryFile(bytes(data) + bytes(64 * KIB * 4)), base.header)
-    words.byteswap()
-    found._l2_table("a table", words.tobytes(), 0, False)
-    assert found.counted[5] == 1 and found.report.corruptions == 2
-
-
 @pytest.mark.parametrize("auto", [0, 1])
 def test_bitmaps_counted(auto: int) -> None:
     """Also those IN_USE; none if the autoclear bit disowns them."""
@@ -336,59 +321,6 @@ def test_broken_bitmap_directory() -> None:
     data = bytearray(Image(bitmaps=[Bitmap(b"b", b"\x01")], nb_bitmaps=3).build())
     found = walk(bytes(data))
     assert found.report.exit_status == 2 and not found.complete
-
-
-# -- fast and slow ----------------------------------------------------------------------------------
-
-ENTRY = st.one_of(
-    st.just(0),
-    st.integers(1, 60).map(lambda n: n << 16 | COPIED),
-    st.integers(1, 60).map(lambda n: n << 16),
-    st.integers(1, 60).map(lambda n: n << 16 | COPIED | 1),
-    st.just(1),
-    st.just(COPIED),
-    st.integers(60, 70).map(lambda n: n << 16 | COPIED),
-)
-
-
-@given(st.lists(ENTRY, max_size=40), st.lists(st.integers(0, 2), min_size=64, max_size=64), st.booleans())
-def test_fast_like_slow(entries: list[int], refcounts: list[int], run: bool) -> None:
-    """The table's short way counts and judges as the long one does."""
-    if run:
-        first = entries[0] & 0x3F0000 if entries else 0
-        entries = [(first + (n << 16)) | COPIED for n in range(len(entries))]
-    words = array("Q", entries + [0] * (8192 - len(entries)))
-    header = Header.parse(Image(cluster_bits=16).build())
-    surveys = [Survey(MemoryFile(bytes(64 << 16)), header) for _ in range(2)]
-    for one in surveys:
-        for cluster, value in enumerate(refcounts):
-            one.stored[cluster] = value
-    raw = words[:]
-    raw.byteswap()
-    fast, slow = surveys
-    for active in (True, False):
-        assert fast._l2_table("t", raw.tobytes(), 0, active) == slow._l2_entries("t", words, None, 0, active)
-    assert fast.counted == slow.counted
-    assert fast.report == slow.report
-
-
-@pytest.mark.parametrize("flags", [COPIED, 0, COPIED | 1])
-@pytest.mark.parametrize("refcount", [1, 2])
-@pytest.mark.parametrize("first", [1, 40])
-def test_full_table(flags: int, refcount: int, first: int) -> None:
-    """Contiguous from the first entry to the last, inside the file or over its end."""
-    header = Header.parse(Image(cluster_bits=9).build())
-    words = array("Q", range(first << 9 | flags, (first + 64 << 9) | flags, 512))
-    raw = words[:]
-    raw.byteswap()
-    surveys = [Survey(MemoryFile(bytes(80 << 9)), header) for _ in range(2)]
-    for one in surveys:
-        for cluster in range(80):
-            one.stored[cluster] = refcount
-    fast, slow = surveys
-    wrong = fast._l2_table("t", raw.tobytes(), 0, True)
-    assert wrong == slow._l2_entries("t", words, None, 0, True)
-    assert fast.counted == slow.counted and fast.report == slow.report
 
 
 # -- errors and limits ------------------------------------------------------------------------------
@@ -412,14 +344,6 @@ def test_too_many_clusters() -> None:
     vast.size = 512 * (MAX_HOST_CLUSTERS + 1)
     with pytest.raises(UnsupportedError, match="can be checked"):
         Survey(vast, header)
-
-
-def test_messages_are_bounded() -> None:
-    report = CheckReport("x")
-    for number in range(MAX_PROBLEMS + 5):
-        report.corrupt(str(number))
-    assert report.corruptions == MAX_PROBLEMS + 5
-    assert len(report.problems) == MAX_PROBLEMS and report.more_problems == 5
 
 
 def test_progress() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from nbdbm.errors import CorruptError
-from nbdbm.image.check import CheckReport, Survey, open_locked, survey
+from nbdbm.image.check import Survey, open_locked, survey
+from nbdbm.image.checkreport import CheckReport
 from nbdbm.image.repair import rebuild_refcounts, repair
 from nbdbm.qcow2.header import Header
 from tests.image.test_check import Patient, qemu_check
@@ -360,7 +361,7 @@ def unprotected(found: Survey) -> int:
     return sum(
         1
         for cluster in range(found.clusters)
-        if found.counted[cluster] > found.stored[cluster] or not found._known(cluster)
+        if found.counted[cluster] > found.stored[cluster] or not found.known(cluster)
     )
 
 
