@@ -14,7 +14,7 @@ DEV_STAMP  := $(VENV)/.installed-dev
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
 
-## make demo      serve a sample image with bitmaps and read it back over NBD
+## make demo      the life of a disk: create, write, checkpoint, write, back up what changed
 demo: $(USER_STAMP)
 	$(BIN)/python scripts/demo.py
 
