@@ -16,6 +16,8 @@ WITHOUT = {
     "nbd/constants.py": "numbers only; every test of the wire uses them",
     "nbd/catalog.py": "a value and a protocol class",
     "nbd/events.py": "values only",
+    "nbd/clientevents.py": "values only",
+    "nbd/limits.py": "numbers only; the tests of who keeps to them use them",
     "qcow2/constants.py": "numbers only; every test of the format uses them",
     "__main__.py": "calls the command line",
 }
@@ -24,8 +26,13 @@ WITHOUT = {
 ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "data"}
 """Folders of tests that mirror no folder of the package."""
 
-EXTRA = {"test_layers.py", "test_scripts.py", "test_bench.py"}
-"""Tests at the top that are of the project, not of a module."""
+EXTRA = {
+    "test_layers.py": "the project's own checks",
+    "test_scripts.py": "the project's scripts",
+    "image/test_concurrency.py": "requests at the same time, through the whole engine",
+    "image/test_reopen.py": "read-only to writable and back, through the whole engine",
+}
+"""Tests that belong to no one module, and to what instead."""
 
 
 def is_empty(path: Path) -> bool:
@@ -37,8 +44,8 @@ def is_empty(path: Path) -> bool:
 
 
 def twin(module: Path) -> Path:
-    """Where the test of a module belongs, relative to tests/; a package's own code is tested as ``init``."""
-    name = "init" if module.stem == "__init__" else module.stem
+    """Where the test of a module belongs, relative to tests/; a package's own code is tested as ``main``."""
+    name = "main" if module.stem == "__init__" else module.stem
     return module.parent / f"test_{name}.py"
 
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import socket
+import threading
+from collections.abc import Iterator
 
 import pytest
 
-from tests.support import qemu
+from tests.support import qemu, servers
 from tests.support.marks import missing
+
+PATIENCE = 50
+"""Seconds for one test: less than pytest-timeout's, whose signal cannot interrupt a wait inside libnbd."""
+
+
+@pytest.fixture(autouse=True)
+def watchdog() -> Iterator[None]:
+    """End the servers under a test that takes too long, so that it fails instead of hanging."""
+    timer = threading.Timer(PATIENCE, servers.kill_all)
+    timer.start()
+    yield
+    timer.cancel()
 
 
 @pytest.fixture(params=["system", "newer"])

@@ -522,7 +522,9 @@ def test_a_broken_bitmap_does_not_hurt_its_neighbours(
         assert answer["digest"] == sound["digest"]
         assert answer["contexts"] == contexts
         assert answer["maps"] == {context: sound["maps"][context] for context in contexts}
-        listed = json.loads(qemu.SYSTEM.run("nbdinfo", "--json", server.uri))["exports"][0]["contexts"]
+        listed = json.loads(qemu.SYSTEM.run("nbdinfo", "--no-content", "--json", server.uri))["exports"][0][
+            "contexts"
+        ]
         if name not in LATE:
             assert sorted(listed) == sorted(contexts)
             assert "is not served" in server.output()
