@@ -28,7 +28,7 @@ ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "data"}
 
 EXTRA = {
     "test_layers.py": "the project's own checks",
-    "test_scripts.py": "the project's scripts",
+    "test_bench.py": "scripts/bench.py and scripts/benchmark",
     "image/test_concurrency.py": "requests at the same time, through the whole engine",
     "image/test_reopen.py": "read-only to writable and back, through the whole engine",
 }
