@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from pytest import MonkeyPatch
+
 from nbdbm.errors import ImageError
 from nbdbm.image.blockfile import HostFile, ThreadedFile
 from nbdbm.image.check import check
@@ -149,6 +151,24 @@ async def _close(recording: Recording, image: Image) -> None:
         file.closed = False
 
 
+async def record(
+    kind: Kind,
+    place: Path,
+    workload: Workload,
+    *,
+    seed: int | None = 1,
+    mutant: Callable[[MonkeyPatch], None] | None = None,
+    wrap: Callable[[HostFile], HostFile] = lambda file: file,
+) -> Recording:
+    """``load`` and ``play``; by an engine that ``mutant`` has changed for as long as that takes."""
+    recording = load(kind, place, seed=seed)
+    with MonkeyPatch.context() as patch:
+        if mutant is not None:
+            mutant(patch)
+        await play(recording, workload, wrap=wrap)
+    return recording
+
+
 async def read_disk(image: Image) -> bytes:
     """The whole disk."""
     disk = bytearray(image.size)
@@ -216,6 +236,20 @@ async def _judge_snapshot(recording: Recording, state: CrashState) -> list[str]:
     except (OSError, ImageError) as error:
         return [f"the snapshot cannot be read: {error}"]
     return [] if disk == recording.kind.content() else ["the snapshot has changed"]
+
+
+async def first_problem(
+    recording: Recording, *, states: int = 1000, dropped: Iterable[int] = (), reopen: bool = False
+) -> list[str]:
+    """What is wrong with the first bad state among that many; empty if none is bad.
+
+    ``dropped``: syncs (by number, see ``Timeline.states``) that are taken to have done nothing.
+    """
+    for state in recording.states(random=states, seed=1, dropped=frozenset(dropped)):
+        problems = await judge(recording, state, reopen=reopen)
+        if problems:
+            return problems
+    return []
 
 
 class OutsideJudge:

@@ -127,6 +127,9 @@ class Kind:
 TABLE_GROWTH = Kind("table-growth", 512, ("refcount_bits=64",), 4480)
 """Its refcount table is full before its disk is."""
 
+LAZY = Kind("lazy-growth", 512, ("lazy_refcounts=on", "refcount_bits=64"), 256)
+"""New data soon needs new refcount blocks."""
+
 KINDS = {
     kind.name: kind
     for kind in (
@@ -150,6 +153,7 @@ KINDS = {
         Kind("bitmaps", granularities=(512, 65536)),
         Kind("snapshot-small", cluster_size=1024, clusters=256, snapshot=True),
         Kind("snapshot-extended-l2", 16384, ("extended_l2=on",), 32, snapshot=True),
+        Kind("data-file-backing", data_file=True, backing=True),
         Kind("compressed-backing", compressed=True, backing=True),
         Kind("raw", format="raw", bitmaps=False),
     )
@@ -287,6 +291,19 @@ def reuse_after_rewrite(disk: Disk) -> tuple[Group, ...]:
     )
 
 
+def rewriting(disk: Disk) -> tuple[Group, ...]:
+    """Rewrite all that shares host clusters (compressed data lies many to one), then allocate."""
+    quarter = disk.units // 4
+    rewrites = [disk.write(n, 4) for n in range(0, quarter, 4)]
+    return (*one(*rewrites, disk.write(quarter, 8)), FLUSH, *one(disk.write(quarter + 8, 8)))
+
+
+def subclusters(disk: Disk) -> tuple[Group, ...]:
+    """Parts of one cluster, each durable before the next is written."""
+    at = disk.units // 4 + 1
+    return one(*(disk.write(at + n / 8, 1 / 16, fua=True) for n in (0, 3, 1, 7)), disk.write(at + 0.2, 0.3))
+
+
 def zeroes_over_durable(disk: Disk) -> tuple[Group, ...]:
     """Durable data must not vanish on the way to new data that does not cover it."""
     quarter = disk.units // 4
@@ -370,6 +387,8 @@ WORKLOADS: dict[str, Callable[[Disk], tuple[Group, ...]]] = {
         reuse_after_zeroes,
         reuse_after_trim,
         reuse_after_rewrite,
+        rewriting,
+        subclusters,
         zeroes_over_durable,
         growing,
         reopening,
