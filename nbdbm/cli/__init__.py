@@ -26,6 +26,7 @@ COMMANDS = {
     "info": "nbdbm.cli.info:info",
     "map": "nbdbm.cli.map:map_command",
     "bitmap": "nbdbm.cli.bitmap:bitmap",
+    "checkpoint": "nbdbm.cli.checkpoint:checkpoint",
     "create": "nbdbm.cli.create:create",
     "check": "nbdbm.cli.check:check",
 }

@@ -201,6 +201,10 @@ class BitmapEditor:
         await self._cache.close()
         self._layer.close()
 
+    def is_file(self, path: str) -> bool:
+        """Whether ``path`` leads to this image."""
+        return _same_file(path, self.path)
+
     @property
     def tracker(self) -> BitmapTracker:
         """The bitmaps as the operations so far have made them."""
