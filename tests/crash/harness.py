@@ -29,6 +29,9 @@ CLEAN = (0, 3)
 TALLY = Counter[str]()
 """How many states have been judged, for the summary at the end."""
 
+ROUND = 40
+"""States that are drawn at a time when one bad state is looked for."""
+
 T = TypeVar("T")
 
 
@@ -243,12 +246,14 @@ async def first_problem(
 ) -> list[str]:
     """What is wrong with the first bad state among that many; empty if none is bad.
 
-    ``dropped``: syncs (by number, see ``Timeline.states``) that are taken to have done nothing.
+    ``dropped``: syncs (by number, see ``Timeline.states``) that are taken to have done nothing. In rounds,
+    as the states of one draw come in order of time.
     """
-    for state in recording.states(random=states, seed=1, dropped=frozenset(dropped)):
-        problems = await judge(recording, state, reopen=reopen)
-        if problems:
-            return problems
+    for seed in range(-(-states // ROUND)):
+        for state in recording.states(random=ROUND, seed=seed, dropped=frozenset(dropped)):
+            problems = await judge(recording, state, reopen=reopen)
+            if problems:
+                return problems
     return []
 
 

@@ -134,7 +134,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("v3"),
-        Kind("small-clusters", cluster_size=1024, clusters=256),
+        Kind("small-clusters", cluster_size=512, clusters=256),
         Kind("v2", options=("compat=0.10",), bitmaps=False),
         Kind("extended-l2", cluster_size=16384, clusters=32, options=("extended_l2=on",)),
         Kind("refcounts-1", options=("refcount_bits=1",)),
@@ -304,6 +304,19 @@ def subclusters(disk: Disk) -> tuple[Group, ...]:
     return one(*(disk.write(at + n / 8, 1 / 16, fua=True) for n in (0, 3, 1, 7)), disk.write(at + 0.2, 0.3))
 
 
+def tables_anew(disk: Disk) -> tuple[Group, ...]:
+    """Tables of holes are made where data has been (where a table covers no more than a quarter)."""
+    quarter = disk.units // 4
+    return (
+        *one(disk.trim(1, 6)),
+        FLUSH,
+        *one(disk.write(quarter + 1)),
+        FLUSH,
+        *one(disk.write(3 * quarter + 2, 2), disk.trim(quarter + 1)),
+        FLUSH,
+    )
+
+
 def zeroes_over_durable(disk: Disk) -> tuple[Group, ...]:
     """Durable data must not vanish on the way to new data that does not cover it."""
     quarter = disk.units // 4
@@ -389,6 +402,7 @@ WORKLOADS: dict[str, Callable[[Disk], tuple[Group, ...]]] = {
         reuse_after_rewrite,
         rewriting,
         subclusters,
+        tables_anew,
         zeroes_over_durable,
         growing,
         reopening,
