@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dir is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdbm-bench-")))
         else:
-            place = options.dir
+            place = options.dir.resolve()
             place.mkdir(parents=True, exist_ok=True)
         too_little = shortage(plan, place)
         if too_little is not None:
@@ -162,7 +162,7 @@ def run(plan: Plan, place: Path, *, keep: bool) -> list[Result]:
         results.append(result)
         if work.image is not None:
             _say(f"{work.name}: preparing the image")
-            images.warm(made.get(work.image))
+            made.warm(work.image)
         for count in range(plan.rounds):
             for contender in plan.contenders:
                 _say(f"{work.name}: round {count + 1} of {plan.rounds}, {contender.name}")

@@ -52,6 +52,15 @@ class Images:
             part.rename(path)
         return path
 
+    def warm(self, name: str) -> Path:
+        """The image of this name, with all its files in the page cache if they are to be read."""
+        path = self.get(name)
+        if name in READ:
+            layers = (self.place / f"{name}-{self.scale}").glob("*") if name == "chain" else ()
+            for file in (path, *layers):
+                warm(file)
+        return path
+
     def fresh(self, size: int) -> Path:
         """An empty image for a work that allocates; the one before is gone."""
         path = self.place / "fresh.qcow2"
@@ -167,6 +176,9 @@ MAKERS: dict[str, Callable[[Images, Path], None]] = {
     "stopping": Images.stopping,
     "huge": Images.huge,
 }
+
+READ = {"data", "recording", "zlib", "zstd", "chain"}
+"""Those whose data is read. Warming another one would fill the page cache with what nobody asks for."""
 
 SPACE: dict[str, int] = {
     "data": 4 * GIB,

@@ -55,6 +55,8 @@ class Contender:
     name: str
     argv: Callable[[Serving, str], list[str]]
     ours: bool = False
+    place: Path = Path("/")
+    """Its working directory: ``python -m`` would find a package there before any other build of it."""
     limit: bool = False
     """Serves memory and knows no images: shows what client and machine can do at most."""
 
@@ -144,7 +146,12 @@ def serve(contender: Contender, serving: Serving) -> Iterator[Running]:
         with log.open("wb") as out:
             begin = time.perf_counter()
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=contender.place,
             )
         stack.callback(_kill, process)
         while not _greeted(path):
@@ -186,7 +193,7 @@ def nbdbm(name: str = "nbdbm", command: str = "") -> Contender:
             words += ["-B", bitmap]
         return [*words, str(serving.image)]
 
-    return Contender(name, argv, ours=True)
+    return Contender(name, argv, ours=True, place=Path("/") if command else qemu.ROOT)
 
 
 def qemu_nbd(tools: qemu.Tools, *options: str) -> Contender:

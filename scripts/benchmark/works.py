@@ -75,7 +75,7 @@ def _fio(
     def measure(bench: Bench, contender: Contender) -> Sample:
         amount = load.amount // bench.scale if load.amount else None
         scaled = Load(load.rw, load.block, load.depth, load.jobs, load.mix, amount)
-        path = bench.images.fresh(fresh) if image is None else bench.images.get(image)
+        path = bench.images.fresh(fresh) if image is None else bench.images.warm(image)
         os.sync()
 
         def run(running: Running) -> Sample:
@@ -91,7 +91,7 @@ def _fio(
 
 def _copy(name: str, title: str, image: str) -> Work:
     def measure(bench: Bench, contender: Contender) -> Sample:
-        path = bench.images.get(image)
+        path = bench.images.warm(image)
         os.sync()
         with serve(contender, Serving(path)) as running:
             return _client(running, lambda: Sample(clients.nbdcopy(running.uri)))
