@@ -332,7 +332,7 @@ def test_what_it_prints(gallery: images.Gallery, tmp_path: Path) -> None:
     for name in case.refused:
         (why,) = [line for line in err.splitlines() if f"'{name}'" in line]
         assert "in use" in why.lower() or "inconsistent" in why.lower() or "IN_USE" in why
-        assert f"--remove {case.path} {name}" in err
+        assert f"nbdbm bitmap remove {case.path} {name}" in err
 
 
 def test_run_a_command(case: images.Case, gallery: images.Gallery, tmp_path: Path) -> None:
