@@ -21,12 +21,14 @@ async def rewrite_header(file: BlockFile, new: Header) -> Header:
     """Change the header cluster to say ``new``; returns what it says now, layout included.
 
     Durable when this returns. After each step the disk holds the old or the new header (headeredit.py).
+    The refcount table stays where the file says that it is: the allocator moves it on its own.
 
     Raises:
         UnsupportedError: the header cluster has no room for it; nothing has changed.
         OSError: a write or sync failed; the file has the old or the new header.
     """
     cluster = await file.pread(0, new.cluster_size)
+    new = _with_refcounts_of(new, Header.parse(cluster))
     try:
         steps = plan(cluster, new)
     except FormatError as error:
@@ -37,6 +39,14 @@ async def rewrite_header(file: BlockFile, new: Header) -> Header:
     return Header.parse(await file.pread(0, new.cluster_size))
 
 
+def _with_refcounts_of(header: Header, other: Header) -> Header:
+    return replace(
+        header,
+        refcount_table_offset=other.refcount_table_offset,
+        refcount_table_clusters=other.refcount_table_clusters,
+    )
+
+
 async def prepare(layer: Layer, notices: list[str]) -> None:
     """Make the header of a layer that was opened for writing fit to be written behind.
 
@@ -45,6 +55,8 @@ async def prepare(layer: Layer, notices: list[str]) -> None:
     """
     header = layer.header
     assert header is not None and layer.map is not None
+    # If we have written to it before, the refcount table may have moved since.
+    header = _with_refcounts_of(header, Header.parse(await layer.file.pread(0, header.cluster_size)))
     if header.corrupt:
         raise ImageError(
             layer.path,
