@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -25,7 +26,7 @@ from nbdbm.config import (
     ServeConfig,
     ServerConfig,
 )
-from nbdbm.errors import UsageError
+from nbdbm.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Why an image cannot be written to that can perhaps be read."""
 
 
 @click.command()
@@ -163,7 +167,6 @@ def serve(
 async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
     """Serve as configured until the end; return the exit status."""
     from nbdbm.exports import Export, ExportRegistry
-    from nbdbm.image.image import DetectZeroes, Image, OpenOptions
     from nbdbm.server.listener import notify
     from nbdbm.server.server import Server
 
@@ -172,19 +175,7 @@ async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
     server = Server(registry, config.server)
     _on_signals(stop, server)
     with _bound(config, environ) as listeners:
-        image = await Image.open(
-            config.image,
-            OpenOptions(
-                format=config.format,
-                read_only=config.read_only,
-                snapshot=config.snapshot,
-                no_backing=config.no_backing,
-                backing_root=config.backing_root,
-                force_share=config.force_share,
-                discard=config.discard == "unmap",
-                detect_zeroes=DetectZeroes(config.detect_zeroes),
-            ),
-        )
+        image = await _open(config)
         try:
             export = Export.of(
                 image,
@@ -212,6 +203,29 @@ async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
         finally:
             await server.close()
     return status
+
+
+async def _open(config: ServeConfig) -> Image:
+    from nbdbm.image.image import DetectZeroes, Image, OpenOptions
+
+    options = OpenOptions(
+        format=config.format,
+        read_only=config.read_only,
+        snapshot=config.snapshot,
+        no_backing=config.no_backing,
+        backing_root=config.backing_root,
+        force_share=config.force_share,
+        discard=config.discard == "unmap",
+        detect_zeroes=DetectZeroes(config.detect_zeroes),
+    )
+    try:
+        return await Image.open(config.image, options)
+    except ImageError as error:
+        if config.read_only or error.path != config.image or error.errno not in READ_ONLY:
+            raise
+        raise ImageError(
+            error.path, f"{error.reason}; --read-only serves it as it is", errno=error.errno
+        ) from error
 
 
 def _on_signals(stop: asyncio.Event, server: object) -> None:

@@ -33,6 +33,8 @@ FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
 CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
 """What a host answers that has no such operation."""
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What it answers about a file that it may let us read, but not write."""
 
 
 class BlockFile(Protocol):
@@ -195,7 +197,8 @@ class ThreadedFile:
             _refuse_kind(path, os.stat(path).st_mode)
             fd = os.open(path, flags)
         except OSError as error:
-            raise ImageError(path, f"cannot be opened: {error.strerror}", errno=error.errno) from error
+            what = " for writing" if writable and error.errno in READ_ONLY else ""
+            raise ImageError(path, f"cannot be opened{what}: {error.strerror}", errno=error.errno) from error
         except ValueError as error:
             raise ImageError(path, f"cannot be opened: {error}", errno=errno.EINVAL) from error
         try:

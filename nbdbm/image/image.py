@@ -435,6 +435,13 @@ class Image:
         await self._metadata.drain()
         try:
             await self._saver.store()
+        except OSError as error:
+            raise ImageError(
+                self.path,
+                f"the bitmaps could not be stored: {error.strerror or error}; they stay marked as in use,"
+                " the data is safe",
+                errno=error.errno,
+            ) from error
         finally:
             self.header = self._layers[0].header = self._saver.header
         if self._metadata.dirty:
