@@ -113,13 +113,14 @@ class Load:
 
     def __init__(self, content: bytes, lanes: int, rng: random.Random) -> None:
         self.rng = rng
+        self.before = content
         self.size = len(content)
         # Lanes meet on sectors, but hardly ever on clusters.
         cuts = sorted(rng.sample(range(1, self.size // SECTOR), lanes - 1))
         edges = [0, *(cut * SECTOR for cut in cuts), self.size]
         self.lanes = [Lane(start, bytearray(content[start:end])) for start, end in pairwise(edges)]
         self.touched: list[tuple[int, int]] = []
-        """Every range that a request was sent for."""
+        """The ranges of requests that were answered."""
         self.flushes = 0
         self.requests = 0
 
@@ -157,7 +158,6 @@ class Load:
         else:
             op = Op(offset, bytes(length), fua and kind == "zeroes")
         at = lane.start + offset
-        self.touched.append((at, length))
         lane.ops.append(op)
         if kind == "write":
             await client.write(at, op.data, fua=fua)
@@ -168,6 +168,7 @@ class Load:
             # Zeroes or what was there: one of the two, and from now on it stays so.
             op.data = bytes(await client.read(at, length))
         op.answered = True
+        self.touched.append((at, length))
         if number % 10 == 0:
             state = bytearray(lane.durable)
             for done in lane.ops:
@@ -197,6 +198,20 @@ class Load:
             for lane in self.lanes
             for at in lane.lost(content[lane.start : lane.start + len(lane.durable)])
         ]
+
+    def written(self, content: bytes, granularity: int) -> set[int]:
+        """Granules that a bitmap must have: those of answered requests, and all that changed.
+
+        A request without an answer may have come too late for the server.
+        """
+        found = {
+            at // granularity
+            for at in range(0, self.size, granularity)
+            if content[at : at + granularity] != self.before[at : at + granularity]
+        }
+        for offset, length in self.touched:
+            found.update(range(offset // granularity, -(-(offset + length) // granularity)))
+        return found
 
 
 def environment_rounds() -> int:

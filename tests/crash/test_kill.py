@@ -13,7 +13,7 @@ import pytest
 
 from nbdbm.client import NbdClient
 from tests.crash.killing import Load, Op, Server, environment_rounds
-from tests.interop.writing import Dirty, bitmaps, check, content_by_qemu, dirty_by_qemu, granules
+from tests.interop.writing import Dirty, bitmaps, check, content_by_qemu, dirty_by_qemu
 from tests.support import images, qemu
 from tests.support.images import KIB, MIB, Case, Maker
 from tests.support.marks import requires
@@ -124,8 +124,7 @@ def judge(case: Case, load: Load, before: Dirty) -> bytes:
     case.bitmaps = [name for name in case.bitmaps if name not in broken]
     found = dirty_by_qemu(case)
     for name, bits in found.items():
-        touched = set().union(*(granules(*where, known[name][0]) for where in load.touched))
-        missed = (before[name] | touched) - bits
+        missed = (before[name] | load.written(content, known[name][0])) - bits
         assert not missed, f"{name} claims to be consistent and misses {sorted(missed)[:9]}"
     for name in broken:
         qemu.SYSTEM.img("bitmap", "--remove", case.path, name)
