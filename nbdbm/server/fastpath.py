@@ -26,6 +26,10 @@ ARENA = 512 * 1024
 """Bytes of replies gathered for one send, and sent early when it is full. Shared by all connections: it is
 in use within one turn of the event loop only."""
 
+TURN_BYTES = 2 * ARENA
+"""Bytes of replies in one turn of the event loop; then other connections get theirs. What is left of the
+batch goes the general way, which has limits of its own."""
+
 LARGEST = 64 * 1024
 """Bytes; larger reads gain nothing here, and what is copied once more is better not copied."""
 
@@ -54,6 +58,7 @@ class FastPath:
         be sent, no further event is carried out.
         """
         left: list[Event] = []
+        budget = TURN_BYTES
         try_read, try_write = self._export.try_read, self._export.try_write
         pack_read, pack_done = self._protocol.pack_read, self._protocol.pack_done
         settle = self._protocol.settle
@@ -65,9 +70,10 @@ class FastPath:
                     left.append(event)
                     continue
                 if at + HEAD + length > ARENA:
+                    budget -= at
                     unsent = self._send(at)
                     at = 0
-                    if unsent:
+                    if unsent or budget < ARENA:
                         return left + events[number:], unsent
                 start = at + pack_read(_arena, at, cookie, offset, length)
                 if not try_read(_view[start : start + length], offset):
