@@ -267,3 +267,48 @@ def test_sessions_that_cross(name: str, gallery: images.Gallery, tmp_path: Path)
 
 
 SESSIONS = 8
+
+
+# -- locks
+
+
+def test_an_image_that_qemu_holds(tmp_path: Path) -> None:
+    """Refused in one line that names the holder; nothing was changed, and QEMU goes on."""
+    case = blank(tmp_path, 8 << 20, *BITMAPS)
+    with servers.qemu_nbd(case.path, writable=True) as server:
+        h = connect(server.uri)
+        h.pwrite(b"x" * 512, 0)
+        done = servers.nbdbm_run("serve", "-k", tmp_path / "s", case.path)
+        assert done.returncode == 1
+        who = f"process {server.process.pid} (qemu-nbd)"
+        assert done.stderr == f"nbdbm: {case.path}: in use for writing by {who}\n"
+        h.pwrite(b"y" * 512, 0)
+        h.shutdown()
+    assert not any("in-use" in flags for _, flags in bitmaps(case.path).values())
+    # A reader of QEMU's keeps writers out too.
+    with servers.qemu_nbd(case.path) as server:
+        done = servers.nbdbm_run("serve", "-k", tmp_path / "s", case.path)
+        assert done.returncode == 1
+        assert f"process {server.process.pid} (qemu-nbd)" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_image_that_we_hold(tools: qemu.Tools, tmp_path: Path) -> None:
+    """QEMU's tools get the error that they get from one another."""
+    case = blank(tmp_path, 8 << 20, *BITMAPS)
+    with servers.nbdbm(case.path, writable=True) as server:
+        h = connect(server.uri)
+        h.pwrite(b"x" * 512, 0)
+        for words in (
+            ("qemu-img", "check", case.path),
+            ("qemu-img", "bitmap", "--add", case.path, "new"),
+            ("qemu-img", "snapshot", "-c", "new", case.path),
+            ("qemu-io", "-f", "qcow2", "-c", "write 0 512", case.path),
+        ):
+            done = qemu.run(tools.argv(*words), check=False)
+            assert done.returncode != 0
+            assert "lock" in done.stderr and "Is another process using the image" in done.stderr
+        h.shutdown()
+    (fine, coarse) = dirty_by_qemu(case, tools).values()
+    assert fine == coarse == {0}
+    assert check(case.path, tools)[0] == 0
