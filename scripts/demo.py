@@ -78,7 +78,7 @@ def life_of_a_disk() -> None:
         asyncio.run(install(uri))
 
     say("The machine is off. From this checkpoint on, a bitmap notes what is written; make a full backup:\n")
-    nbdbm("bitmap", "add", "vm.qcow2", "monday")
+    nbdbm("checkpoint", "vm.qcow2", "--name", "monday")
     with serving("--read-only", "vm.qcow2") as uri:
         full = asyncio.run(full_backup(uri))
 
@@ -92,7 +92,9 @@ def life_of_a_disk() -> None:
         say("The same for people who would rather look:\n")
         nbdbm("map", "--picture", str(uri), shown=f"map --picture '{uri}'")
 
-    say("And is the image sound?\n")
+    say("The next backup has its own bitmap; this one ends here. And is the image sound?\n")
+    nbdbm("checkpoint", "vm.qcow2", "--name", "tuesday", "--disable", "monday")
+    nbdbm("bitmap", "list", "vm.qcow2")
     nbdbm("check", "vm.qcow2")
 
 
