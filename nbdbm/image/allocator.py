@@ -12,7 +12,7 @@ import asyncio
 import errno
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 from bitarray import bitarray
 
@@ -27,6 +27,9 @@ PAGE = 4096
 
 BLOCK_CACHE = 32 * 1024 * 1024
 """Bytes of unchanged refcount blocks kept: with 64 KiB clusters they describe 1 TiB of file."""
+
+REFTABLE_AT = 48
+"""Where the header has refcount_table_offset and refcount_table_clusters: 12 bytes in one sector."""
 
 
 class _Block:
@@ -57,6 +60,10 @@ class Allocator:
         self.table = table
         self.table_offset = header.refcount_table_offset
         self.table_clusters = header.refcount_table_clusters
+        self.sync: Callable[[], Awaitable[None]] = file.sync
+        """Makes durable what was written; whoever owns the allocator learns of its failures here."""
+        self.give_up: Callable[[str, OSError], ImageError] = self._give_up
+        """Told that nobody can know what the file says now (what failed, and how); returns the error."""
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
         self._dirty: dict[int, _Block] = {}
         self._cache_blocks = max(2, BLOCK_CACHE // self.cluster_size)
@@ -95,6 +102,9 @@ class Allocator:
             if entry:
                 seen.add(entry)
         return cls(file, header, table)
+
+    def _give_up(self, what: str, error: OSError) -> ImageError:
+        return ImageError(self.file.path, f"{what} failed: {error.strerror or error}", errno=error.errno)
 
     def protect(self, offset: int, length: int) -> None:
         """Never hand out this range's clusters, whatever the refcounts claim: metadata is there."""
@@ -183,18 +193,25 @@ class Allocator:
     async def allocate_exact(self, count: int) -> tuple[int, bool]:
         """Claim exactly ``count`` adjacent clusters, for a table that is longer: (host offset, fresh)."""
         passed: list[tuple[int, int]] = []
-        while True:
-            offset, got, fresh = await self.allocate(count)
+        offset = got = 0
+        fresh = True
+        try:
             while got < count:
                 more, extra, also = await self.allocate(count - got)
-                if more != offset + (got << self.cluster_bits):
+                if got and more != offset + (got << self.cluster_bits):
                     passed.append((offset, got))
-                    offset, got, fresh = more, extra, also
-                    continue
+                    got = 0
+                if not got:
+                    offset, fresh = more, True
                 got, fresh = got + extra, fresh and also
+        except BaseException:
+            if got:
+                passed.append((offset, got))
+            raise
+        finally:
             for gap, length in passed:
                 await self.release(gap, length)
-            return offset, fresh
+        return offset, fresh
 
     def _claim(self, number: int, block: _Block, first: int, count: int) -> None:
         for index in range(first, first + count):
@@ -322,6 +339,7 @@ class Allocator:
             added[at].used[index] = True
         raw = array("Q", table)
         raw.byteswap()
+        self._end = max(self._end, first + blocks + clusters)  # should this fail, what is there is not zeroes
         for block in added.values():
             await self.file.pwrite(block.offset, pack_counts(block.counts, self.order))
         new = list(self._new)
@@ -330,10 +348,13 @@ class Allocator:
             await self.file.pwrite(block.offset, pack_counts(block.counts, self.order))
         new_offset = (first + blocks) << self.cluster_bits
         await self.file.pwrite(new_offset, raw.tobytes())
-        await self.file.sync()
+        await self.sync()
         # Disk: a second refcount structure, complete, which nothing points to.
-        await self.file.pwrite(48, new_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))
-        await self.file.sync()
+        try:
+            await self.file.pwrite(REFTABLE_AT, new_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))
+        except OSError as error:
+            raise self.give_up("moving the refcount table", error) from error
+        await self.sync()
         # Disk: the header (one sector) points to the new table; the old one is leaked until freed below.
         old_first, old_clusters = self.table_offset >> self.cluster_bits, self.table_clusters
         self.unprotect(self.table_offset)
@@ -342,7 +363,6 @@ class Allocator:
         self.protect(new_offset, clusters * self.cluster_size)
         self._block_clusters.update(block.offset >> self.cluster_bits for block in added.values())
         self._new = [n for n in self._new if n not in new]
-        self._end = max(self._end, first + blocks + clusters)
         for at, block in added.items():
             self._remember(at, block)
         await self.decrement(range(old_first, old_first + old_clusters))
@@ -371,7 +391,7 @@ class Allocator:
                 block = self._blocks[number]
                 block.dirty = 0  # whole block below; what changes from here on is marked again
                 await self.file.pwrite(block.offset, pack_counts(block.counts, self.order))
-            await self.file.sync()
+            await self.sync()
             # Disk: the blocks are complete; the table does not know them, so their clusters are leaked.
             for number in new:
                 await self.file.pwrite(self.table_offset + 8 * number, self.table[number].to_bytes(8, "big"))
