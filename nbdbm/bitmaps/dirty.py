@@ -132,6 +132,20 @@ class DirtyBitmap:
         twin._segments = {i: s if isinstance(s, bool) else s.copy() for i, s in self._segments.items()}
         return twin
 
+    def grown(self, size: int) -> DirtyBitmap:
+        """The same bits for a disk of ``size`` bytes, no less than now; what is new is clean."""
+        assert size >= self.size
+        twin = DirtyBitmap(size, self.granularity, segment_bits=self.segment_bits)
+        for index, segment in self._segments.items():
+            if isinstance(segment, bool) and self._length(index) == twin._length(index):
+                twin._segments[index] = True
+                continue
+            bits = bitarray(twin._length(index), endian="little")
+            bits.setall(False)
+            bits[: self._length(index)] = segment
+            twin._segments[index] = bits
+        return twin
+
     # -- asking --------------------------------------------------------------------------------
 
     def get(self, offset: int) -> bool:

@@ -27,6 +27,7 @@ COMMANDS = {
     "map": "nbdbm.cli.map:map_command",
     "bitmap": "nbdbm.cli.bitmap:bitmap",
     "checkpoint": "nbdbm.cli.checkpoint:checkpoint",
+    "resize": "nbdbm.cli.resize:resize",
     "create": "nbdbm.cli.create:create",
     "check": "nbdbm.cli.check:check",
 }

@@ -185,7 +185,7 @@ class BitmapSaver:
 
     def header_for(self, staged: Staged) -> Header:
         """The header that leads to ``staged``."""
-        header = self._live(self.header)
+        header = self.header
         features = header.autoclear_features
         if staged.extension is None:
             header = header.without_extension(ExtensionType.BITMAPS)
@@ -194,15 +194,6 @@ class BitmapSaver:
             header = header.with_extension(staged.extension.to_extension())
             features |= AutoclearFeature.BITMAPS
         return replace(header, autoclear_features=features)
-
-    def _live(self, header: Header) -> Header:
-        """The header with the refcount table's place, which moves while an image is written to."""
-        allocator = self._metadata.allocator
-        return replace(
-            header,
-            refcount_table_offset=allocator.table_offset,
-            refcount_table_clusters=allocator.table_clusters,
-        )
 
     async def switch(self, staged: Staged, header: Header | None = None) -> None:
         """Have the header lead to ``staged``; durable on return. ``free`` is to follow, or ``revert``.
@@ -239,7 +230,7 @@ class BitmapSaver:
             OSError, ImageError: the header leads to the old directory or to the new one.
         """
         assert staged.before is not None
-        self.header = await rewrite_header(self._file, self._live(staged.before))
+        self.header = await rewrite_header(self._file, staged.before)
         # Disk: the old directory, which is whole.
         await self.abandon(staged)
 

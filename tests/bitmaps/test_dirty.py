@@ -61,6 +61,27 @@ def check(bitmap: DirtyBitmap, model: Model) -> None:
     assert bitmap.dirty_bytes() == sum(n for n, dirty in model.runs(0, model.size) if dirty)
 
 
+@given(
+    st.integers(1, 40 * GRANULARITY),
+    st.integers(0, 40 * GRANULARITY),
+    st.lists(st.tuples(st.integers(0, 40 * GRANULARITY), st.integers(0, 20 * GRANULARITY)), max_size=4),
+)
+def test_grown(size: int, more: int, ranges: list[tuple[int, int]]) -> None:
+    bitmap, model = DirtyBitmap(size, GRANULARITY, segment_bits=8), Model(size, GRANULARITY)
+    for offset, length in ranges:
+        offset, length = min(offset, size), min(length, size - min(offset, size))
+        bitmap.set(offset, length)
+        model.set(offset, length)
+    before = bitmap.copy()
+    larger = Model(size + more, GRANULARITY)
+    larger.bits[: len(model.bits)] = model.bits
+    grown = bitmap.grown(size + more)
+    check(grown, larger)
+    grown.set(0, size + more)
+    check(bitmap, model)
+    assert list(before.runs(0, size)) == list(bitmap.runs(0, size))
+
+
 # -- by hand ----------------------------------------------------------------------------------
 
 
