@@ -48,6 +48,11 @@ def test_limits_are_inclusive() -> None:
         pytest.param(
             lambda: ServeConfig(image="i", no_backing=True, backing_root="/d"), "excludes", id="backing"
         ),
+        pytest.param(lambda: ServeConfig(image="i", discard="on"), "unmap, ignore", id="discard"),
+        pytest.param(lambda: ServeConfig(image="i", detect_zeroes="yes"), "off, on, unmap", id="zeroes"),
+        pytest.param(
+            lambda: ServeConfig(image="i", detect_zeroes="unmap", discard="ignore"), "gives space", id="both"
+        ),
         pytest.param(lambda: ServeConfig(image="i", run="  "), "empty", id="empty_command"),
     ],
 )

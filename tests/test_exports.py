@@ -14,7 +14,7 @@ from nbdbm import exports
 from nbdbm.errors import BitmapError, UsageError
 from nbdbm.exports import Export, ExportRegistry
 from nbdbm.nbd.constants import TransmissionFlag
-from tests.server.memimage import MemoryImage
+from tests.server.memimage import MemoryImage, WritableImage
 
 K64 = 65536
 CONTENT = b"a" * K64 + bytes(2 * K64) + b"b" * K64 + bytes(1000)
@@ -59,6 +59,23 @@ class TestInfo:
             "qemu:dirty-bitmap:b1",
         )
 
+    def test_of_a_writable_export(self) -> None:
+        info = export_of(WritableImage(CONTENT)).info
+        assert (
+            info.flags
+            == exports.WRITABLE_FLAGS
+            == (
+                TransmissionFlag.HAS_FLAGS
+                | TransmissionFlag.SEND_FLUSH
+                | TransmissionFlag.SEND_FUA
+                | TransmissionFlag.SEND_TRIM
+                | TransmissionFlag.SEND_WRITE_ZEROES
+                | TransmissionFlag.SEND_FAST_ZERO
+                | TransmissionFlag.SEND_CACHE
+                | TransmissionFlag.CAN_MULTI_CONN
+            )
+        )
+
     @pytest.mark.parametrize(("cluster", "preferred"), [(512, 4096), (65536, 65536), (1 << 21, 1 << 21)])
     def test_preferred_block(self, cluster: int, preferred: int) -> None:
         assert export_of(MemoryImage(b"", cluster_size=cluster)).info.preferred_block == preferred
@@ -75,6 +92,26 @@ class TestInfo:
     def test_refused_bitmap(self) -> None:
         with pytest.raises(BitmapError, match="'b0': cannot be served: in use"):
             export_of(MemoryImage(b"", refused={"b0": "in use"}), bitmaps=("b0",))
+
+
+def test_changes_reach_the_image() -> None:
+    image = WritableImage(CONTENT)
+    export = export_of(image)
+
+    async def main() -> None:
+        assert export.try_write(0, memoryview(b"x")) is False
+        await export.write(1, memoryview(b"xyz"), fua=True)
+        await export.write_zeroes(0, 2, no_hole=True, fast=True, fua=True)
+        await export.trim(K64, 512, fua=False)
+        await export.flush()
+
+    asyncio.run(main())
+    assert image.changes == [
+        ("write", 1, 3, "fua"),
+        ("zeroes", 0, 2, "no_hole", "fast", "fua"),
+        ("trim", K64, 512),
+    ]
+    assert image.flushes == 1 and image.content[:5] == b"\0\0yza"
 
 
 class TestRead:

@@ -140,3 +140,37 @@ class MemoryImage:
 
     async def close(self) -> None:
         self.closes += 1
+
+
+class WritableImage(MemoryImage):
+    """A MemoryImage that notes what changes it; ``failures`` hold for changes too. Never at once."""
+
+    def __init__(self, content: bytes, **options: Any) -> None:
+        super().__init__(content, **options)
+        self.read_only = False
+        self.changes: list[tuple[Any, ...]] = []
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        return False
+
+    async def _change(self, name: str, offset: int, length: int, data: bytes, *flags: str) -> None:
+        assert offset >= 0 and offset + length <= self.size
+        if self.gate is not None:
+            await self.gate.wait()
+        for at, failure in self.failures.items():
+            if offset <= at < offset + length:
+                raise failure
+        self.changes.append((name, offset, length, *flags))
+        self.content = self.content[:offset] + data + self.content[offset + length :]
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        await self._change("write", offset, len(data), bytes(data), *["fua"] * fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False, fua: bool = False
+    ) -> None:
+        flags = ["no_hole"] * no_hole + ["fast"] * fast + ["fua"] * fua
+        await self._change("zeroes", offset, length, bytes(length), *flags)
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        await self._change("trim", offset, length, bytes(length), *["fua"] * fua)
