@@ -76,7 +76,8 @@ class ClusterMap:
     def locate(self, offset: int, length: int) -> int:
         """The place in ``data`` if the whole range is data in one piece and its table is cached.
 
-        Otherwise ABSENT if all of it is unallocated, or UNKNOWN; ``map`` tells then.
+        Otherwise ABSENT if all of it is unallocated, BLANK if all of it is zeroes, or UNKNOWN: ``map``
+        tells then.
         """
         shift = self._slice_shift
         number = offset >> shift
@@ -186,8 +187,12 @@ class ClusterMap:
         within = number % geometry.slices_per_table * geometry.slice_bytes
 
         async def read() -> Table:
-            where = self.table_offset(index)
-            return Table(await _load_words(self.file, where + within, geometry.slice_bytes))
+            while True:
+                where = self.table_offset(index)
+                words = await _load_words(self.file, where + within, geometry.slice_bytes)
+                # Meanwhile the table may have been copied for a writer, and its old place freed.
+                if self.table_offset(index) == where:
+                    return Table(words)
 
         return await self._cache.load(self.tag + number, read)
 

@@ -70,6 +70,8 @@ class Metadata:
         self._commit_lock = asyncio.Lock()
         self._started = 0
         self._finished = 0
+        allocator.sync = self.sync
+        allocator.give_up = self.give_up
 
     # -- changing ------------------------------------------------------------------------------
 
@@ -87,7 +89,12 @@ class Metadata:
             async with self._table_lock:
                 if not self.clusters.l1[index] & COPIED:
                     await self._own_table(index)
-        return await self.clusters.slice(number)
+        key = self.clusters.tag + number
+        while True:
+            table = await self.clusters.slice(number)
+            # While we were woken it may have been dropped, and loaded again for somebody else.
+            if self._cache.get(key) is table:
+                return table
 
     async def _own_table(self, index: int) -> None:
         """Give the L1 entry a table of its own: a blank one, or a copy of one that snapshots share."""
@@ -239,12 +246,19 @@ class Metadata:
             for file in dict.fromkeys(files):
                 await file.sync()
         except OSError as error:
-            self.broken = (
-                f"a sync failed ({error.strerror or error}): what was written since the last flush may be"
-                " lost; the image accepts no more writes, and its bitmaps stay marked as in use"
-            )
-            log.error("%s: %s", self.file.path, self.broken)
-            raise ImageError(self.file.path, self.broken, errno=error.errno) from error
+            raise self.give_up("a sync", error) from error
+
+    def give_up(self, what: str, error: OSError) -> ImageError:
+        """Accept no more writes, because ``what`` failed and nobody knows what the disk holds; returns
+        the error to raise."""
+        reason = (
+            f"{what} failed ({error.strerror or error}): what was written since the last flush may be lost;"
+            " the image accepts no more writes, and its bitmaps stay marked as in use"
+        )
+        if self.broken is None:  # one message, about what came first
+            self.broken = reason
+            log.error("%s: %s", self.file.path, reason)
+        return ImageError(self.file.path, reason, errno=error.errno)
 
     # -- freeing -------------------------------------------------------------------------------
 
@@ -252,7 +266,12 @@ class Metadata:
         """Free clusters whose unlinking is durable, once nobody can be using them."""
         while self._limbo and self.epochs.passed(self._limbo[0][0]):
             _, clusters = self._limbo.pop(0)
-            freed = await self.allocator.decrement(clusters)
+            try:
+                freed = await self.allocator.decrement(clusters)
+            except OSError as error:
+                # Their counts cannot be read. Nothing depends on it but space: they are leaked.
+                log.warning("%s: freeing clusters failed: %s", self.file.path, error.strerror or error)
+                continue
             if self._punch and freed:
                 await self._punch_holes(freed)
 

@@ -76,10 +76,10 @@ async def opened(
     metadata = Metadata(clusters, cache, allocator, header.l1_table_offset, punch=punch)
     host: Any = file  # the layer's file is never asked for more than a BlockFile has
     layer = Layer(
-        file.path,
-        "qcow2",
-        host,
-        header.size,
+        path=file.path,
+        format="qcow2",
+        file=host,
+        size=header.size,
         header=header,
         map=clusters,
         decompress=decompressor(header.compression_type),
