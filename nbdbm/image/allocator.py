@@ -192,6 +192,9 @@ class Allocator:
 
     async def allocate_exact(self, count: int) -> tuple[int, bool]:
         """Claim exactly ``count`` adjacent clusters, for a table that is longer: (host offset, fresh)."""
+        if count >= self.per_block:
+            # There is a refcount block in every region: so many are free side by side only behind the file.
+            return await self._allocate_behind(count)
         passed: list[tuple[int, int]] = []
         offset = got = 0
         fresh = True
@@ -212,6 +215,41 @@ class Allocator:
             for gap, length in passed:
                 await self.release(gap, length)
         return offset, fresh
+
+    async def _allocate_behind(self, count: int) -> tuple[int, bool]:
+        """``allocate_exact`` behind all that there is; the refcount blocks for it come first.
+
+        | blocks | blocks, clusters ...      | ...       |      regions without a block
+        """
+        blocks = 1
+        while blocks * self.per_block < blocks + count:
+            blocks += 1
+        number = 0
+        while True:
+            number = max(number, -(-self._end // self.per_block))
+            if len(self.table) < number + blocks:
+                async with self._structure:
+                    if len(self.table) < number + blocks:
+                        await self._grow_table(max(len(self.table), -(-self._end // self.per_block)))
+                continue
+            taken = [at for at in range(number, number + blocks) if self.table[at]]
+            if not taken:
+                break
+            number = taken[-1] + 1
+        first = number * self.per_block
+        self._refuse_protected(first, first + blocks + count)
+        for at in range(number, number + blocks):
+            cluster = first + at - number
+            block = _Block(cluster << self.cluster_bits, unpack_counts(bytes(self.cluster_size), self.order))
+            self.table[at] = block.offset
+            self._block_clusters.add(cluster)
+            self._new.append(at)
+            self._remember(at, block)
+            used = min(self.per_block, first + blocks + count - at * self.per_block)
+            self._claim(at, block, 0, used)
+            self._touch(at, block, 0, self.per_block)
+        self._end = first + blocks + count
+        return (first + blocks) << self.cluster_bits, True
 
     def _claim(self, number: int, block: _Block, first: int, count: int) -> None:
         for index in range(first, first + count):

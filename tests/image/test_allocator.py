@@ -96,6 +96,46 @@ def test_exactly_so_many_are_found_and_gaps_given_back() -> None:
     run(work)
 
 
+@pytest.mark.parametrize("count", [63, 64, 128, 1000, 5000])
+def test_more_than_a_region_has(count: int) -> None:
+    """64 clusters a region, the first of which is a refcount block; 64 regions in the table."""
+
+    async def work() -> None:
+        file, allocator = await load(small(6))
+        end = len(file.data) // SIZE
+        offset, fresh = await allocator.allocate_exact(count)
+        assert fresh and offset >= end * SIZE
+        await store(allocator)
+        _, again = await load(data=bytes(file.data).ljust(offset + count * SIZE, b"\0"))
+        first = offset // SIZE
+        assert [await again.count(first + n) for n in range(-1, count)] == [1] * (count + 1)
+        # No more is used than that takes: blocks, and perhaps a larger table.
+        used = sum([await again.count(n) for n in range(first + count + 200)])
+        assert used <= end + count + 2 * (count // 63 + 2) + 200 * (count == 5000)
+        # What was skipped is there for others.
+        assert (await again.allocate(1))[0] < offset
+        other, _ = await again.allocate_exact(count)
+        assert other >= offset + count * SIZE
+
+    run(work)
+
+
+def test_a_region_behind_the_end_that_has_a_block_already() -> None:
+    async def work() -> None:
+        built = small(6)
+        data = bytearray(built.build())
+        table = get_field(data, "refcount_table_offset")
+        block = len(data)
+        data += bytes(SIZE)  # the block of region 3, in region 0
+        data[table + 24 : table + 32] = block.to_bytes(8, "big")
+        _, allocator = await load(data=bytes(data))
+        await allocator.allocate_exact(200)
+        assert allocator.table[3] == block
+        assert allocator.table[4] == 4 * 64 * SIZE
+
+    run(work)
+
+
 def test_exactly_so_many_fails_without_a_trace() -> None:
     async def work() -> None:
         file, allocator = await load()
@@ -374,6 +414,7 @@ def test_many_at_once_never_share_a_cluster(seed: int, order: int) -> None:
                 if what < 0.6 or not mine:
                     wanted = rng.randrange(1, 40)
                     if what < 0.1:
+                        wanted = rng.choice((wanted, 100))
                         offset, _ = await allocator.allocate_exact(wanted)
                         count = wanted
                     else:
