@@ -181,6 +181,9 @@ class ThreadedFile:
         self.identity = _identity(os.fstat(fd))
         """The same for two paths to one file."""
         self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._unsynced = True
+        """Something may not be on stable storage: we wrote since the last sync, or others before us."""
+        self._syncing = 0
         self._nowait = True
         """False once the file system has said that it knows no RWF_NOWAIT."""
 
@@ -339,6 +342,7 @@ class ThreadedFile:
             if not count:
                 raise OSError(errno.EIO, "nothing could be written", self.path)
             done += count
+        self._unsynced = True
 
     async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
         """Make the range read as zeroes, see BlockFile."""
@@ -355,6 +359,7 @@ class ThreadedFile:
             modes.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
         for mode in modes:
             if _fallocate(self.fd, mode, offset, length):
+                self._unsynced = True
                 return
         if not fallback:
             raise OSError(errno.ENOTSUP, "zeroes are not faster than data here", self.path)
@@ -366,15 +371,28 @@ class ThreadedFile:
         """Give the range's space back where the host can; its content is undefined afterwards."""
         if length > 0:
             await in_thread(_fallocate, self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+            self._unsynced = True
 
     async def truncate(self, size: int) -> None:
         """Set the length; growth reads as zeroes."""
         await in_thread(os.ftruncate, self.fd, size)
         self.size = size
+        self._unsynced = True
 
     async def sync(self) -> None:
-        """Return once everything written before the call is on stable storage."""
-        await in_thread(os.fdatasync, self.fd)
+        """Return once everything written before the call is on stable storage; at once if it is."""
+        if not self._unsynced and not self._syncing:
+            return
+        # Writes set it again when they end; what ends during the sync may have missed it.
+        self._unsynced = False
+        self._syncing += 1
+        try:
+            await in_thread(os.fdatasync, self.fd)
+        except BaseException:
+            self._unsynced = True
+            raise
+        finally:
+            self._syncing -= 1
 
     # -- the file itself -----------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,52 @@ def test_zero_without_fallocate(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(file.zero(10, 3 << 20, punch=True))
     assert path.read_bytes() == CONTENT[:10] + bytes(3 << 20)
     assert file.size == 10 + (3 << 20)
+    file.close()
+
+
+def test_a_sync_with_nothing_to_do_costs_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    file = ThreadedFile.open(str(path), writable=True)
+
+    async def count(*work: Awaitable[object]) -> int:
+        """Syncs that it takes to be safe after ``work``, asked for twice."""
+        synced.clear()
+        await asyncio.gather(*work)
+        await file.sync()
+        await file.sync()
+        return len(synced)
+
+    async def run() -> None:
+        assert await count() == 1  # others may have written before us
+        assert await count() == 0
+        assert await count(file.pread(0, 10)) == 0
+        assert await count(file.pwrite(0, b"some")) == 1
+        assert await count(file.pwrite(0, bytes(1 << 20))) == 1
+        assert file.try_pwrite(0, memoryview(b"some")) and await count() == 1
+        assert await count(file.zero(0, 4096, punch=False)) == 1
+        assert await count(file.zero(0, 4096, punch=True)) == 1
+        assert await count(file.discard(0, 4096)) == 1
+        assert await count(file.truncate(4096)) == 1
+        # Who comes while a sync is under way cannot know that it will end well.
+        file.try_pwrite(0, memoryview(b"some"))
+        synced.clear()
+        await asyncio.gather(file.sync(), file.sync())
+        assert len(synced) == 2
+
+    asyncio.run(run())
+    file.close()
+
+
+def test_a_failed_sync_is_done_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    file = ThreadedFile.open(str(path), writable=True)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            asyncio.run(file.sync())
     file.close()
 
 

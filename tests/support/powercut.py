@@ -327,6 +327,9 @@ class PowerCutFile(Unlocked):
         timeline.initial.append(bytes(data))
         timeline.paths.append(path)
         self._rng = rng
+        self._unsynced = False
+        """Something was written since the last sync; without that one does nothing, as of a real file."""
+        self._syncing = 0
 
     @property
     def size(self) -> int:
@@ -360,6 +363,7 @@ class PowerCutFile(Unlocked):
                 data = garbage_of(op.offset, end) if self.timeline.garbage else bytes(end - op.offset)
             self.data.extend(bytes(max(0, end - len(self.data))))
             self.data[op.offset : end] = data
+        self._unsynced |= op.kind != "sync"
         op.ended = self.timeline.tick()
 
     async def _do(self, kind: Kind, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
@@ -401,7 +405,11 @@ class PowerCutFile(Unlocked):
         await self._do("truncate", size)
 
     async def sync(self) -> None:
-        await self._do("sync")
+        if self._unsynced or self._syncing:
+            self._unsynced = False
+            self._syncing += 1
+            await self._do("sync")
+            self._syncing -= 1
 
     def allocated(self) -> int:
         return len(self.data)

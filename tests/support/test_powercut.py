@@ -74,16 +74,30 @@ def test_a_sync_makes_what_had_ended_certain() -> None:
 
 def test_a_sync_says_nothing_about_what_was_under_way() -> None:
     async def run(file: PowerCutFile) -> None:
+        await file.pwrite(SECTOR, B)
         # Begun before the sync, ended after the sync began: nothing is promised.
         await asyncio.gather(file.pwrite(0, A), file.sync())
 
-    timeline = record(run, bytes(SECTOR))
-    write, sync = timeline.ops
+    timeline = record(run, bytes(SECTOR) + B)
+    _, write, sync = timeline.ops
     assert write.begun < sync.begun < write.ended
     assert {s.files[0].to_bytes() for s in timeline.states(exhaustive=True) if s.tick == timeline.now} == {
-        bytes(SECTOR),
-        A,
+        bytes(SECTOR) + B,
+        A + B,
     }
+
+
+def test_a_sync_with_nothing_to_do_is_not_recorded() -> None:
+    async def run(file: PowerCutFile) -> None:
+        await file.sync()
+        await file.pwrite(0, A)
+        await file.sync()
+        await file.sync()
+        await file.zero(0, SECTOR, punch=False)
+        await file.sync()
+
+    timeline = record(run, bytes(SECTOR))
+    assert [op.kind for op in timeline.ops] == ["write", "sync", "zero", "sync"]
 
 
 def test_a_sync_covers_its_own_file_only() -> None:
