@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, cast
 from nbdbm.nbd.constants import NbdErrno, Rep
 from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.server.buffers import Buffer
 from nbdbm.server.dispatch import Context, answer, cost
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.inline import run_inline
@@ -84,7 +85,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Cost of commands started, until their replies have left."""
         self._answered = 0
         """The part of it whose replies are queued or being sent."""
-        self._sent: list[bytearray] = []
+        self._sent: list[Buffer] = []
         """Buffers of these replies."""
         self._unsent: list[bytes | memoryview] = []
         """Replies beyond what the transport holds, when it holds any."""

@@ -13,7 +13,7 @@ from nbdbm.exports import Export
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
 from nbdbm.nbd.protocol import ServerProtocol
-from nbdbm.server.buffers import BufferPool
+from nbdbm.server.buffers import Buffer, BufferPool
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Context(NamedTuple):
     export: Export
     protocol: ServerProtocol
     buffers: BufferPool
-    sent: list[bytearray]
+    sent: list[Buffer]
     """Buffers whose content is queued as replies; the connection gives them back once it is sent."""
 
 
