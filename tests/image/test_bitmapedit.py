@@ -529,6 +529,34 @@ def test_power_failures_leave_the_old_or_the_new(case: str, tiny: Path) -> None:
     assert asyncio.run(crash_states(tiny, EDITS[case])) > 100
 
 
+@requires("qemu-img", "qemu-io")
+def test_each_barrier_is_needed(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the sync before the switch, or the one behind it, some state is found bad."""
+    caplog.set_level(logging.CRITICAL)
+
+    async def main() -> None:
+        timeline = Timeline()
+        file = PowerCutFile(timeline, tiny.read_bytes(), path=str(tiny))
+        before = await sound(file)
+        await edit_bitmaps(str(tiny), EDITS["several"], lambda path, writable: file)
+        after = await sound(file)
+
+        async def noticed(dropped: int) -> bool:
+            for state in timeline.states(random=300, seed=dropped, dropped={dropped}):
+                try:
+                    if await after_failure(state) not in (before, after):
+                        return True
+                except (AssertionError, ImageError):
+                    return True
+            return False
+
+        *barriers, last = range(len(timeline.syncs))
+        assert [await noticed(number) for number in barriers] == [True] * len(barriers)
+        assert len(barriers) == 2 and not await noticed(last)
+
+    asyncio.run(main())
+
+
 @requires("qemu-img")
 def test_power_failures_while_the_header_is_rearranged(plain: Path) -> None:
     assert asyncio.run(crash_states(plain, [Add("first")])) > 100
