@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from nbdbm.errors import ImageError
+from nbdbm.image.blockfile import CANNOT
 from nbdbm.image.cache import Table
 from nbdbm.image.commit import Metadata
 from nbdbm.image.inflight import ClusterLocks
@@ -81,13 +82,21 @@ class Writer:
         table = self._clusters.cached(offset, length)
         if table is None:
             return False
-        host, part = self._editor.in_place(table.words, offset, length)
-        if part < length or not self._inside(host):
+        host, part = self._in_place(table, offset, length)
+        if part < length:
             return False
         bits = geometry.cluster_bits
         if self._locks.holder(offset >> bits, ((end - 1) >> bits) + 1) is not None:
             return False
         return self._metadata.data.try_pwrite(host, data)
+
+    def _in_place(self, table: Table, offset: int, length: int) -> tuple[int, int]:
+        """What of the range may be overwritten where it lies, see ``L2Editor.in_place``; inside the file."""
+        host, part = self._editor.in_place(table.words, offset, length)
+        if part and not self._inside(host + part - 1):
+            size = self._geometry.cluster_size
+            part = max(0, -(-self._metadata.file.size // size) * size - host)
+        return host, part
 
     def _inside(self, host: int) -> bool:
         """Whether a host offset lies in a cluster of the file; the last of them may be cut short."""
@@ -119,8 +128,8 @@ class Writer:
         length = self._within_slice(offset, len(data))
         table = await self._lookup(offset)
         if table is not None:
-            host, part = self._editor.in_place(table.words, offset, length)
-            if part and self._inside(host) and self._free(offset, part):
+            host, part = self._in_place(table, offset, length)
+            if part and self._free(offset, part):
                 await self._metadata.data.pwrite(host, data[:part])
                 return part
             length = self._until_in_place(table, offset, length)
@@ -141,7 +150,7 @@ class Writer:
         size = self._geometry.cluster_size
         at = size - (offset & self._geometry.cluster_mask)
         while at < length:
-            if self._editor.in_place(table.words, offset + at, min(size, length - at))[1]:
+            if self._in_place(table, offset + at, min(size, length - at))[1]:
                 return at
             at += size
         return length
@@ -170,7 +179,7 @@ class Writer:
         size = geometry.cluster_size
         await self._clusters.map(offset, len(data))  # judges all entries: none that is wrong is built upon
         table = await self._metadata.table(offset)
-        if self._editor.in_place(table.words, offset, len(data))[1]:
+        if self._in_place(table, offset, len(data))[1]:
             return 0  # somebody else has just allocated it: look again
         within = offset & geometry.cluster_mask
         owned = self._editor.owned(table.words, offset)
@@ -237,15 +246,25 @@ class Writer:
 
     def _copy_from(self, table: Table, cluster: int, place: int, offset: int) -> int:
         """Where copying must begin in the first cluster of a write that begins at ``offset``."""
+        if self._stored(table, offset, place):
+            return offset
         if self._stays(table, cluster, place):
             return offset & ~(self._geometry.subcluster_size - 1)
         return cluster
 
     def _copy_to(self, table: Table, cluster: int, place: int, end: int) -> int:
         """Where copying must end in the last cluster of a write that ends at ``end``."""
+        if self._stored(table, end - 1, place):
+            return end
         if self._stays(table, cluster, place):
             return -(-end // self._geometry.subcluster_size) * self._geometry.subcluster_size
         return cluster + self._geometry.cluster_size
+
+    def _stored(self, table: Table, at: int, place: int) -> bool:
+        """Whether the subcluster that the byte ``at`` lies in is data in ``place`` already. What surrounds
+        the byte is there then, and not to be touched: others may be writing it, in place."""
+        host, part = self._editor.in_place(table.words, at, 1)
+        return bool(part) and host & ~self._geometry.cluster_mask == place
 
     def _stays(self, table: Table, cluster: int, place: int) -> bool:
         """Whether the subclusters beside the write need no copy: they are in ``place``, or nowhere."""
@@ -282,11 +301,20 @@ class Writer:
             ImageError: ENOTSUP, ``fast`` was asked for and zeroes would have to be written; nothing was done.
             OSError, CorruptError: it failed; any part of it may have been done.
         """
-        if fast and self._geometry.version < 3 and (self._has_backing or not punch):
+        if fast and not await self._is_fast(offset, length, punch):
             raise ImageError(
                 self._metadata.file.path, "zeroes are not faster than data here", errno=errno.ENOTSUP
             )
-        await _to_its_end(self._each_part(offset, length, lambda at, part: self._zero_part(at, part, punch)))
+        await _to_its_end(
+            self._each_part(offset, length, lambda at, part: self._zero_part(at, part, punch, fast))
+        )
+
+    async def _is_fast(self, offset: int, length: int, punch: bool) -> bool:
+        """Whether zeroes take less than data: not all of the range would have to be written as such."""
+        first, last = self._whole_units(offset, length, punch)
+        if first < last:
+            return True
+        return length < 2 * self._geometry.cluster_size and not await self._to_zero(offset, length)
 
     async def trim(self, offset: int, length: int) -> None:
         """Forget the content of the whole clusters in the range, and give their space back.
@@ -301,7 +329,7 @@ class Writer:
         if end <= first or (self._geometry.version < 3 and self._has_backing):
             return
         await _to_its_end(
-            self._each_part(first, end - first, lambda at, part: self._zero_part(at, part, True))
+            self._each_part(first, end - first, lambda at, part: self._zero_part(at, part, True, False))
         )
 
     async def _each_part(self, offset: int, length: int, work: Callable[[int, int], Awaitable[None]]) -> None:
@@ -322,47 +350,57 @@ class Writer:
             offset += part
             if self._metadata.pressing:
                 await self._metadata.flush()
+            await asyncio.sleep(0)  # a slice maps thousands of clusters: let others have their turn
 
-    async def _zero_part(self, offset: int, length: int, punch: bool) -> None:
+    async def _zero_part(self, offset: int, length: int, punch: bool, fast: bool) -> None:
         """``write_zeroes`` for a range inside one slice: whole units by mapping, its ends as data."""
-        unit = self._geometry.subcluster_size
         end = offset + length
-        first = -(-offset // unit) * unit
-        # The disk's last cluster counts as whole when the range reaches the disk's end.
-        last = -(-end // unit) * unit if end == self._size else end // unit * unit
-        if self._geometry.version < 3 and (self._has_backing or not punch):
-            first = last = end  # no zero flag: as data
+        first, last = self._whole_units(offset, length, punch)
         if first >= last:
             await self._zero_data(offset, length)
             return
         if offset < first:
             await self._zero_data(offset, first - offset)
-        await self._locked(first, last - first, lambda: self._zero_units(first, last, punch))
+        await self._locked(first, last - first, lambda: self._zero_units(first, last, punch, fast))
         if last < end:
             await self._zero_data(last, end - last)
 
-    async def _zero_data(self, offset: int, length: int) -> None:
-        """Store zeroes where the disk does not read as zeroes already."""
+    def _whole_units(self, offset: int, length: int, punch: bool) -> tuple[int, int]:
+        """The part of the range that can be zeroed by mapping; (first, last) with first >= last: nothing."""
+        unit = self._geometry.subcluster_size
+        end = offset + length
+        if self._geometry.version < 3 and (self._has_backing or not punch):
+            return end, end  # no zero flag: as data
+        first = -(-offset // unit) * unit
+        # The disk's last cluster counts as whole when the range reaches the disk's end.
+        return first, -(-end // unit) * unit if end == self._size else end // unit * unit
+
+    async def _to_zero(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts (offset, length) of the range that zeroes must be stored in to make it read as zeroes."""
+        parts: list[tuple[int, int]] = []
         for kind, part, _ in await self._clusters.map(offset, length):
             zero = kind in (Kind.ZERO, Kind.ZERO_ALLOCATED)
             zero = zero or (kind is Kind.UNALLOCATED and not self._has_backing)
             if not zero or self._raw_data:
-                at = 0
-                while at < part:
-                    chunk = memoryview(_ZEROES)[: min(ZERO_CHUNK, part - at)]
-                    at += await self._write_some(offset + at, chunk)
+                parts.append((offset, part))
             offset += part
+        return parts
 
-    async def _zero_units(self, first: int, last: int, punch: bool) -> None:
+    async def _zero_data(self, offset: int, length: int) -> None:
+        """Store zeroes where the disk does not read as zeroes already."""
+        for start, part in await self._to_zero(offset, length):
+            at = 0
+            while at < part:
+                chunk = memoryview(_ZEROES)[: min(ZERO_CHUNK, part - at)]
+                at += await self._write_some(start + at, chunk)
+
+    async def _zero_units(self, first: int, last: int, punch: bool, fast: bool) -> None:
         """Make whole subclusters [first, last) of one slice, whose clusters are locked, read as zeroes."""
         geometry = self._geometry
         size = geometry.cluster_size
         await self._clusters.map(first, min(last, self._size) - first)  # judges the entries
         if geometry.external_data:
-            # Covered by the request, so it may be gone at once. The mapping follows.
-            stop = min(last, self._size)
-            if self._raw_data or punch:
-                await self._metadata.data.zero(first, stop - first, punch=punch)
+            await self._zero_data_file(first, min(last, self._size) - first, punch, fast)
         for cluster in range(first & ~geometry.cluster_mask, last, size):
             low, high = max(first, cluster), min(last, cluster + size)
             table = await self._metadata.table(cluster)
@@ -375,6 +413,21 @@ class Writer:
                 table = await self._metadata.table(cluster)
             self._editor.zero_subclusters(table.words, cluster, low - cluster, high - low)
             self._metadata.changed(cluster, table)
+
+    async def _zero_data_file(self, offset: int, length: int, punch: bool, fast: bool) -> None:
+        """Zero a range of the external data file, which lies at its guest offset.
+
+        All of it is covered by the request, so it may be gone at once; the mapping follows.
+        """
+        if self._raw_data:
+            await self._metadata.data.zero(offset, length, punch=punch, fallback=not fast)
+        elif punch:
+            try:
+                await self._metadata.data.zero(offset, length, punch=True, fallback=False)
+            except OSError as error:
+                if error.errno not in CANNOT:
+                    raise
+                # The host cannot; the mapping makes it read as zeroes.
 
     def _compressed(self, table: Table, cluster: int) -> bool:
         (mapping, *_) = self._clusters.runs_in(table, cluster, 1)
@@ -391,10 +444,11 @@ class Writer:
         keep: int | None = None
         if not punch and kinds - {Kind.UNALLOCATED, Kind.ZERO}:
             keep = self._editor.owned(table.words, cluster)
-            if keep is None:
+            if keep is None and geometry.external_data:
+                keep = cluster
+            elif keep is None:
                 # Shared or compressed: what is kept allocated is a cluster of its own.
-                keep = await self._set_aside()
-                table = await self._metadata.table(cluster)
+                keep, table = await self._set_aside(cluster)
         unlinked: range | tuple[()] = ()
         if keep is None or self._editor.owned(table.words, cluster) != keep:
             unlinked = self._editor.references(table.words, cluster)
@@ -404,15 +458,16 @@ class Writer:
             self._editor.zero(table.words, cluster, keep)
         self._metadata.changed(cluster, table, unlinked)
 
-    async def _set_aside(self) -> int:
-        """A host cluster that holds zeroes and whose space the host has set aside: its offset."""
+    async def _set_aside(self, cluster: int) -> tuple[int, Table]:
+        """A host cluster that holds zeroes and whose space the host has set aside: its offset; and the
+        slice that maps the guest's ``cluster``, to be changed."""
         host, _, _ = await self._metadata.allocator.allocate(1)
         try:
             await self._metadata.file.zero(host, self._geometry.cluster_size, punch=False)
+            return host, await self._metadata.table(cluster)
         except BaseException:
             await self._metadata.allocator.release(host, 1)
             raise
-        return host
 
 
 async def _to_its_end(work: Awaitable[None]) -> None:
