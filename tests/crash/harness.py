@@ -50,8 +50,8 @@ class Recording:
     files: list[PowerCutFile]
     failures: list[str] = field(default_factory=list)
     """Requests that were answered with an error, with the error."""
-    closed: int = NEVER
-    """The tick from which the image was closed cleanly."""
+    closed: list[tuple[int, int]] = field(default_factory=list)
+    """Ticks (first, last) between which the image was closed."""
 
     async def open(self, files: Iterable[HostFile], *, read_only: bool, snapshot: str | None = None) -> Image:
         """The image in ``files``, which are this recording's or stand for them."""
@@ -135,6 +135,8 @@ async def play(
     for group in workload.groups:
         if group[0].kind == "reopen":
             await _close(recording, image)
+            first, _ = recording.closed.pop()
+            recording.closed.append((first, recording.timeline.now))
             image = await recording.open(files, read_only=False)
         else:
             await asyncio.gather(*(request(action) for action in group))
@@ -142,7 +144,6 @@ async def play(
         await during(image)
     if close:
         await _close(recording, image)
-        recording.closed = recording.timeline.ack()
 
 
 async def _close(recording: Recording, image: Image) -> None:
@@ -150,6 +151,7 @@ async def _close(recording: Recording, image: Image) -> None:
     flush = recording.model.begin("flush")
     await image.close()
     recording.model.end(flush)
+    recording.closed.append((recording.timeline.now, NEVER))
     for file in recording.files:
         file.closed = False
 
@@ -182,10 +184,10 @@ async def read_disk(image: Image) -> bytes:
 async def judge(recording: Recording, state: CrashState, *, reopen: bool = False) -> list[str]:
     """What is wrong with the state; empty if nothing.
 
-    It must open, hold what was promised and nothing else, be sound but for leaks (and without them, once
-    the image was closed), have its snapshot untouched, and no bitmap that claims to be true and has missed
-    something. With ``reopen`` all that again after it was opened for writing, which repairs what needs
-    repair, and closed. The state is changed by that.
+    It must open, hold what was promised and nothing else, be sound but for leaks, have its snapshot
+    untouched, and no bitmap that claims to be true and has missed something. While the image was closed:
+    without leaks, and with all its bitmaps. With ``reopen`` all that again after it was opened for writing,
+    which repairs what needs repair, and closed. The state is changed by that.
     """
     TALLY["states"] += 1
     problems = await _judge_once(recording, state)
@@ -207,6 +209,7 @@ def _unclosed(state: CrashState) -> list[CrashFile]:
 
 async def _judge_once(recording: Recording, state: CrashState) -> list[str]:
     problems = []
+    closed = any(first <= state.tick <= last for first, last in recording.closed)
     try:
         image = await recording.open(_unclosed(state), read_only=True)
     except ImageError as error:
@@ -214,13 +217,15 @@ async def _judge_once(recording: Recording, state: CrashState) -> list[str]:
     try:
         disk = await read_disk(image)
         problems += recording.model.content_violations(state.tick, lambda o, n: disk[o : o + n])
+        if closed:
+            problems += [f"bitmap {b.name} is lost" for b in image.tracker if not b.usable]
         for bitmap in image.tracker.usable():
             if bitmap.enabled:
                 missed = recording.model.false_clean(state.tick, await image.bits(bitmap.name))
                 problems += [f"bitmap {bitmap.name}: granule at {at:#x} is falsely clean" for at in missed]
         if image.header is not None and not image.header.dirty:
             report = await check(state.files[0], image.header)
-            if report.corruptions or report.check_errors or (report.leaks and state.tick >= recording.closed):
+            if report.corruptions or report.check_errors or (closed and report.leaks):
                 problems += report.problems
     except (OSError, ImageError) as error:
         problems.append(f"cannot be read: {error}")
@@ -241,20 +246,30 @@ async def _judge_snapshot(recording: Recording, state: CrashState) -> list[str]:
     return [] if disk == recording.kind.content() else ["the snapshot has changed"]
 
 
-async def first_problem(
-    recording: Recording, *, states: int = 1000, dropped: Iterable[int] = (), reopen: bool = False
-) -> list[str]:
+async def first_problem(recording: Recording, *, states: int = 1000, reopen: bool = False) -> list[str]:
     """What is wrong with the first bad state among that many; empty if none is bad.
 
-    ``dropped``: syncs (by number, see ``Timeline.states``) that are taken to have done nothing. In rounds,
-    as the states of one draw come in order of time.
+    In rounds, as the states of one draw come in order of time.
     """
     for seed in range(-(-states // ROUND)):
-        for state in recording.states(random=ROUND, seed=seed, dropped=frozenset(dropped)):
+        for state in recording.states(random=ROUND, seed=seed):
             problems = await judge(recording, state, reopen=reopen)
             if problems:
                 return problems
     return []
+
+
+async def is_needed(recording: Recording, number: int, *, states: int) -> bool:
+    """Whether some state is bad if sync ``number`` did nothing, among that many of the time in which that
+    can matter: until two later syncs of the file have ended."""
+    syncs = recording.timeline.syncs
+    later = [s.ended for s in syncs[number + 1 :] if s.file == syncs[number].file]
+    window = (syncs[number].begun, later[1] + 2 if len(later) > 1 else NEVER)
+    for seed in range(-(-states // ROUND)):
+        for state in recording.states(random=ROUND, seed=seed, dropped={number}, window=window):
+            if await judge(recording, state):
+                return True
+    return False
 
 
 class OutsideJudge:

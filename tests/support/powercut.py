@@ -124,6 +124,7 @@ class Timeline:
         random: int = 0,
         seed: int = 0,
         dropped: Collection[int] = (),
+        window: tuple[int, int] = (0, NEVER),
         tear: int = 3,
         limit: int = 1 << 16,
     ) -> Iterator[CrashState]:
@@ -136,6 +137,7 @@ class Timeline:
             seed: of the draw.
             dropped: syncs (counted as in ``syncs``) that are taken to have done nothing. A run does
                 not see what its syncs do, so one recording serves for every mutation.
+            window: random states are of ticks from the one to the other.
             limit: an exhaustive search of more states at one point is refused: it would never end.
         """
         assert exhaustive != bool(random)
@@ -143,7 +145,7 @@ class Timeline:
         if exhaustive:
             yield from self._every(durable, tear, limit)
         else:
-            yield from self._some(durable, random, random_module.Random(seed))
+            yield from self._some(durable, random, random_module.Random(seed), window)
 
     def _durable(self, dropped: Collection[int]) -> list[int]:
         """By operation: the tick from which it is certain."""
@@ -209,9 +211,12 @@ class Timeline:
         ends = {*durable, *self.marks} - {NEVER}
         return sorted({end - 1 for end in ends} | {self.now})
 
-    def _some(self, durable: list[int], count: int, rng: random_module.Random) -> Iterator[CrashState]:
-        telling = self._points(durable)
-        points = sorted(rng.choice(telling) if n % 2 else rng.randint(0, self.now) for n in range(count))
+    def _some(
+        self, durable: list[int], count: int, rng: random_module.Random, window: tuple[int, int]
+    ) -> Iterator[CrashState]:
+        first, last = max(window[0], 0), min(window[1], self.now)
+        telling = [point for point in self._points(durable) if first <= point <= last] or [last]
+        points = sorted(rng.choice(telling) if n % 2 else rng.randint(first, last) for n in range(count))
         for point, bases, pending in self._walk(points, durable):
             yield self._state(point, bases, pending, _draw(pending, rng), rng)
 
