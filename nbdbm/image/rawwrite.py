@@ -45,9 +45,11 @@ class RawWriter:
         try:
             await self._file.sync()
         except OSError as error:
-            self.broken = (
+            reason = (
                 f"a sync failed ({error.strerror or error}): what was written since the last flush may be"
                 " lost; the image accepts no more writes"
             )
-            log.error("%s: %s", self._file.path, self.broken)
-            raise ImageError(self._file.path, self.broken, errno=error.errno) from error
+            if self.broken is None:  # flushes under way together fail together: one message
+                self.broken = reason
+                log.error("%s: %s", self._file.path, reason)
+            raise ImageError(self._file.path, reason, errno=error.errno) from error
