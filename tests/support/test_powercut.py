@@ -410,3 +410,13 @@ def test_a_checksum_needs_no_barrier() -> None:
         valid = zlib.crc32(raw[SECTOR:]).to_bytes(4, "big") == raw[:4]
         content = raw[SECTOR:] if valid else bytes(SECTOR)
         assert not model.content_violations(state.tick, lambda o, n, c=content: c[o : o + n])
+
+
+def test_random_states_of_a_window() -> None:
+    async def run(file: PowerCutFile) -> None:
+        for number in range(8):
+            await file.pwrite(number * SECTOR, A)
+
+    timeline = record(run, b"")
+    ticks = {state.tick for state in timeline.states(random=50, window=(5, 9))}
+    assert ticks <= set(range(5, 10)) and len(ticks) > 3
