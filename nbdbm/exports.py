@@ -7,11 +7,12 @@ the image allows becomes transmission flags. Nothing here knows a socket.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nbdbm.errors import BitmapError, UsageError
 from nbdbm.extents import ExtentList
+from nbdbm.image.read import FILLED, LATER, ZEROES
 from nbdbm.nbd.catalog import ExportInfo
 from nbdbm.nbd.constants import (
     CONTEXT_ALLOCATION,
@@ -23,6 +24,8 @@ from nbdbm.nbd.constants import (
 
 if TYPE_CHECKING:
     from nbdbm.image.image import Image, Run
+
+__all__ = ["FILLED", "LATER", "ZEROES", "Export", "ExportRegistry"]
 
 MAX_EXTENTS = 128 * 1024
 """Extents in one context's answer. QEMU's cap for bitmaps: an answer then stays near 1 MiB (2 MiB in the
@@ -116,13 +119,15 @@ class Export:
             image,
         )
 
-    def try_read(self, view: memoryview, offset: int) -> bool:
-        """Fill ``view`` now if that needs no waiting; False leaves its content undefined."""
-        return self._image.try_read_into(view, offset)
+    @property
+    def try_read(self) -> Callable[[memoryview, int], int]:
+        """``Image.try_read``: (view, offset) -> what was done with it."""
+        return self._image.try_read
 
-    def try_write(self, offset: int, data: memoryview) -> bool:
+    @property
+    def try_write(self) -> Callable[[int, memoryview], bool]:
         """Write now if that needs no waiting; False: nothing was done that ``write`` does not do again."""
-        return self._image.try_write(offset, data)
+        return self._image.try_write
 
     async def read(
         self, view: memoryview, offset: int, *, sparse: bool

@@ -277,6 +277,11 @@ class Image:
         """The internal snapshots of the active layer, in file order."""
         return self._layers[0].snapshots
 
+    def try_read(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` from ``offset`` now if that needs no waiting: ``read.FILLED``, ``read.ZEROES`` (the
+        view is left as it was) or ``read.LATER`` (its content is undefined)."""
+        return self._reader.try_read(view, offset)
+
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` from ``offset`` now, from cached tables and the page cache, or return False.
 

@@ -22,7 +22,7 @@ from nbdbm.image.blockfile import BlockFile, fill_zeroes, in_thread
 from nbdbm.image.cache import ClusterCache
 from nbdbm.image.clusters import ClusterMap
 from nbdbm.qcow2.compressed import CompressedDescriptor
-from nbdbm.qcow2.mapping import ABSENT, Kind
+from nbdbm.qcow2.mapping import ABSENT, BLANK, Kind
 
 PARALLEL = 16
 """Pieces of one request that wait for the disk at the same time."""
@@ -44,6 +44,10 @@ SPARSE_RAW = 64 * 1024
 
 RAW_RUNS = 64
 """Holes and data parts of a raw image looked at per read; what follows is read as data."""
+
+LATER, FILLED, ZEROES = range(3)
+"""What ``Reader.try_read`` has done: nothing, so that it takes the general way; the view is filled; or the
+view is left as it was, and zeroes are what it should hold."""
 
 
 class Piece(NamedTuple):
@@ -92,23 +96,31 @@ class Reader:
 
     # -- the short way -------------------------------------------------------------------------
 
-    def try_read_into(self, view: memoryview, offset: int) -> bool:
+    def try_read(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` at once if the range is one piece (or nothing at all), its table cached, and its
-        data in the page cache; return False, and leave anything in ``view``, otherwise."""
+        data in the page cache. Returns FILLED, ZEROES, or LATER with anything in ``view``."""
         length = len(view)
         for layer in self._layers:
             if offset + length > layer.size:
-                return False
+                return LATER
             clusters = layer.map
             if clusters is None:
+                if layer.sparse and length >= SPARSE_RAW:
+                    return LATER  # its holes are worth a look
                 return layer.file.try_pread_into(view, offset)
             host = clusters.locate(offset, length)
             if host >= 0:
                 return clusters.data.try_pread_into(view, host)
             if host != ABSENT:
-                return False
-        fill_zeroes(view)
-        return True
+                return ZEROES if host == BLANK else LATER
+        return ZEROES
+
+    def try_read_into(self, view: memoryview, offset: int) -> bool:
+        """``try_read`` with the zeroes filled in; whether ``view`` is filled now."""
+        done = self.try_read(view, offset)
+        if done == ZEROES:
+            fill_zeroes(view)
+        return done != LATER
 
     # -- the general way -----------------------------------------------------------------------
 
@@ -126,8 +138,9 @@ class Reader:
         total = len(view)
         if not total:
             return []
-        if total < SPARSE_RAW and self.try_read_into(view, offset):
-            return [(total, True)]
+        done = self.try_read(view, offset)
+        if done != LATER:
+            return [(total, done == FILLED)]
         plan = await self._plan(offset, total, sparse=True)
         holes = _merge(plan.zeroes)
         parts: list[tuple[int, bool]] = []

@@ -570,14 +570,19 @@ class ServerProtocol(Receiver):
         if self._trace:
             self._log_reply(before)
 
-    # The same two replies for a shell that gathers and sends them itself; ``settle`` follows.
+    # The same replies for a shell that gathers and sends them itself; ``settle`` follows.
 
-    def pack_read(self, buffer: bytearray, at: int, cookie: int, offset: int, length: int) -> int:
+    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int) -> int:
         """Write at ``at`` of ``buffer`` what comes before the ``length`` bytes of a read that is all data;
         return how many bytes that is, at most HEAD."""
         return self._replies.pack_read(buffer, at, cookie, offset, length)
 
-    def pack_done(self, buffer: bytearray, at: int, cookie: int, offset: int) -> int:
+    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int) -> int:
+        """Write the answer to a read of nothing but zeroes; return how many bytes it is, at most HEAD, or 0
+        if holes can only be sent as data."""
+        return self._replies.pack_hole(buffer, at, cookie, offset, length)
+
+    def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int) -> int:
         """Write a success without payload; return how many bytes it is, at most HEAD."""
         return self._replies.pack_done(buffer, at, cookie, offset)
 

@@ -52,7 +52,8 @@ _LITTLE = sys.byteorder == "little"
 HEAD = 64
 """Bytes that no header of a reply exceeds, a read's first chunk included."""
 
-_DONE, _OFFSET_DATA = int(ReplyFlag.DONE), int(ReplyType.OFFSET_DATA)
+_DONE = int(ReplyFlag.DONE)
+_OFFSET_DATA, _OFFSET_HOLE = int(ReplyType.OFFSET_DATA), int(ReplyType.OFFSET_HOLE)
 """Plain numbers for the read path: a member looked up in its class costs as much as a small pack."""
 
 
@@ -203,11 +204,14 @@ class ReplyBuilder(Protocol):
     def done(self, out: Output, cookie: int, origin: int) -> None:
         """Success without payload."""
 
-    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+    def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int) -> int:
         """Write what ``done`` appends to ``buffer``; return how many bytes it is."""
 
-    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
         """Write what comes before ``length`` bytes of data that are a read's only chunk."""
+
+    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+        """Write the whole answer to a read of nothing but zeroes; 0 if the style has none."""
 
     def error(self, out: Output, cookie: int, origin: int, error: NbdErrno, text: str) -> None:
         """Failure, with words if the style has room for them."""
@@ -224,13 +228,16 @@ class ReplyBuilder(Protocol):
 class SimpleReplies:
     """Simple replies ("Simple reply message")."""
 
-    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+    def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int) -> int:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
         return SIMPLE_REPLY.size
 
-    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
         return SIMPLE_REPLY.size
+
+    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+        return 0
 
     def done(self, out: Output, cookie: int, origin: int) -> None:
         out.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
@@ -258,14 +265,19 @@ class StructuredReplies:
     _READ = Struct(">IHHQIQ")
     """A chunk's head and the offset of its data."""
 
-    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+    def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int) -> int:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
         return SIMPLE_REPLY.size
 
-    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
         size = DATA_OFFSET.size + length
         self._READ.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, size, origin)
         return self._READ.size
+
+    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+        whole = self._head(_DONE, _OFFSET_HOLE, cookie, origin, HOLE.size) + HOLE.pack(origin, length)
+        buffer[at : at + len(whole)] = whole
+        return len(whole)
 
     def done(self, out: Output, cookie: int, origin: int) -> None:
         out.append(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
@@ -351,12 +363,12 @@ class ExtendedReplies(StructuredReplies):
 
     _status_type = ReplyType.BLOCK_STATUS_EXT
 
-    def pack_done(self, buffer: bytearray, at: int, cookie: int, origin: int) -> int:
+    def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int) -> int:
         head = self._head(_DONE, ReplyType.NONE, cookie, origin, 0)
         buffer[at : at + len(head)] = head
         return len(head)
 
-    def pack_read(self, buffer: bytearray, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
         size = DATA_OFFSET.size + length
         self._READ.pack_into(
             buffer, at, EXTENDED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, origin, size, origin

@@ -51,6 +51,8 @@ UNKNOWN = -1
 """Returned by ``L2Decoder.locate``: more than one mapping, or one that needs a closer look."""
 ABSENT = -2
 """Returned by ``L2Decoder.locate``: the whole range is unallocated."""
+BLANK = -3
+"""Returned by ``L2Decoder.locate``: the whole range reads as zeroes."""
 
 
 class EntryKind:
@@ -107,7 +109,7 @@ class L2Decoder:
     # -- one request ---------------------------------------------------------------------------
 
     def locate(self, words: array[int], offset: int, length: int) -> int:
-        """The host offset if the range is data in one piece, else ABSENT or UNKNOWN.
+        """The host offset if the range is data in one piece, else ABSENT, BLANK or UNKNOWN.
 
         The range must lie in the slice. This is the short way for small reads: it knows only the
         plain cases.
@@ -131,6 +133,8 @@ class L2Decoder:
                 return host
             if kind == UNALLOCATED:
                 return ABSENT
+            if kind == ZEROES or kind == ZERO_ALLOCATED:
+                return BLANK
         return UNKNOWN
 
     def _standard_runs(self, words: array[int], offset: int, length: int) -> list[Mapping]:

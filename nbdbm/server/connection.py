@@ -74,6 +74,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._context: Context | None = None
         self._fast: FastPath | None = None
         """Answers what it can before anything of the below begins; needs the socket itself."""
+        self._ahead: list[Event] = []
+        """What it has not looked at yet, because the client does not take replies or its turn was over."""
         self._handshake: asyncio.TimerHandle | None = None
         self._linger: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[int, Command]] = deque()
@@ -115,18 +117,34 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         events = self._protocol.buffer_updated(nbytes)
-        if self._fast is not None and events and self._idle():
-            events, unsent = self._fast.serve(events)
-            if unsent:
-                self._unsent.append(unsent)
-            elif not events and not self._protocol.queued:
-                return  # all of it is answered and sent, and nothing was waiting before
-        self._take(events)
+        if self._fast is None or not events or self._ended:
+            self._take(events)
+        else:
+            if type(events[-1]) is Disconnected:
+                self._take([events.pop()])
+            self._ahead = self._ahead + events if self._ahead else events
+            self._serve_ahead(self._fast)
+            if not (self._ahead or self._waiting or self._unsent or self._ended or self._protocol.queued):
+                return  # all of it is answered and sent, and nothing else is to be done
         self._pump()
 
-    def _idle(self) -> bool:
-        """Whether nothing waits to be started or sent, so that what is sent now is in order."""
-        return not (self._waiting or self._unsent or self._blocked or self._ended)
+    def _serve_ahead(self, fast: FastPath) -> None:
+        """Let the fast path answer what it can, as long as the client takes it."""
+        if self._unsent or self._blocked:
+            return
+        if self._server.bytes < self._server.max_bytes:
+            left, self._ahead, unsent = fast.serve(self._ahead)
+        else:
+            # Too many clients that take nothing: one command at a time.
+            left, self._ahead, unsent = self._ahead, [], b""
+        for event in left:
+            command = cast(Command, event)
+            self._waiting.append((cost(command), command))
+        if unsent:
+            self._unsent.append(unsent)
+            self._bytes += len(unsent)
+            self._server.bytes += len(unsent)
+            self._answered += len(unsent)
 
     def eof_received(self) -> bool:
         self._take(self._protocol.receive_eof())
@@ -150,6 +168,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._lost = self._ended = True
         self._protocol.receive_eof()
         self._waiting.clear()
+        self._ahead.clear()
         if self._blocked:
             # The transport may hold views of these until it is gone; they are dropped with it.
             self._sent.clear()
@@ -166,8 +185,10 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._ended:
             return
         self._ended = True
-        while self._waiting:
-            _, command = self._waiting.popleft()
+        commands = [command for _, command in self._waiting] + [cast(Command, each) for each in self._ahead]
+        self._waiting.clear()
+        self._ahead.clear()
+        for command in commands:
             self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, "the server is shutting down")
         self._pump()
 
@@ -213,10 +234,12 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._pump_scheduled = False
         if self._lost:
             return
+        if self._ahead and self._fast is not None:
+            self._serve_ahead(self._fast)
         self._start_waiting()
         self._send()
-        if self._waiting:
-            if self._may_start(self._waiting[0][0]):
+        if self._ahead or self._waiting:
+            if self._may_go_on():
                 self._schedule_pump()
             self._pause()
         elif self._ended:
@@ -227,6 +250,12 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif self._paused:
             self._paused = False
             cast(asyncio.Transport, self._transport).resume_reading()
+
+    def _may_go_on(self) -> bool:
+        """Whether something waits for nothing but its turn."""
+        if self._ahead and not (self._unsent or self._blocked):
+            return True
+        return bool(self._waiting) and self._may_start(self._waiting[0][0])
 
     def _schedule_pump(self) -> None:
         if not self._pump_scheduled:

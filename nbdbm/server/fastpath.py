@@ -15,26 +15,32 @@ tests/server/test_fastpath.py has every request go through both.
 
 from __future__ import annotations
 
+import mmap
 import socket
 
-from nbdbm.exports import Export
+from nbdbm.exports import FILLED, ZEROES, Export
 from nbdbm.nbd.events import Event, Read, Write
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.nbd.transmission import HEAD
 
-ARENA = 512 * 1024
-"""Bytes of replies gathered for one send, and sent early when it is full. Shared by all connections: it is
-in use within one turn of the event loop only."""
+LARGEST = 1024 * 1024
+"""Bytes of the largest read that is carried out here; larger ones would keep the others waiting."""
 
-TURN_BYTES = 2 * ARENA
-"""Bytes of replies in one turn of the event loop; then other connections get theirs. What is left of the
-batch goes the general way, which has limits of its own."""
+ARENA = LARGEST + 64 * 1024
+"""Bytes that replies are gathered in. Shared by all connections: it is in use within one turn of the event
+loop only. One place for all, and not a buffer for each reply, stays in the processor's caches: eight buffers
+of 1 MiB in turn took a fifth more time than one."""
 
-LARGEST = 64 * 1024
-"""Bytes; larger reads gain nothing here, and what is copied once more is better not copied."""
+SEND_AT = 128 * 1024
+"""Bytes of replies that are sent before more are gathered: the client works on these meanwhile."""
 
-_arena = bytearray(ARENA)
-_view = memoryview(_arena)
+TURN_BYTES = 4 * 1024 * 1024
+"""Bytes of replies in one turn of the event loop; then other connections get theirs."""
+
+_arena = _view = memoryview(mmap.mmap(-1, ARENA + mmap.PAGESIZE))[64 : 64 + ARENA]
+"""Begins 64 bytes into a page: where a payload, behind its header, began 1 to 28 bytes into one, the kernel
+copied three times more slowly from its cache (measured: 1 MiB 620 us, elsewhere 180 us)."""
+_ZEROES = memoryview(bytes(LARGEST))
 
 
 class FastPath:
@@ -51,11 +57,11 @@ class FastPath:
         self._protocol = protocol
         self._sock = sock
 
-    def serve(self, events: list[Event]) -> tuple[list[Event], bytes]:
-        """Carry out what can be done now: (the events that are left, replies that could not be sent).
+    def serve(self, events: list[Event]) -> tuple[list[Event], list[Event], bytes]:
+        """Carry out what can be done now: (events for the general way, those not looked at, replies unsent).
 
-        Nothing is queued at the transport or the protocol when this is called. Once something could not
-        be sent, no further event is carried out.
+        Nothing waits to be sent when this is called. Once something could not be sent, or the turn has
+        been long enough, no further event is looked at.
         """
         left: list[Event] = []
         budget = TURN_BYTES
@@ -69,26 +75,30 @@ class FastPath:
                 if flags or length > LARGEST:
                     left.append(event)
                     continue
-                if at + HEAD + length > ARENA:
+                if at >= SEND_AT or at + HEAD + length > ARENA:
                     budget -= at
                     unsent = self._send(at)
                     at = 0
-                    if unsent or budget < ARENA:
-                        return left + events[number:], unsent
+                    if unsent or budget < LARGEST:
+                        return left, events[number:], unsent
                 start = at + pack_read(_arena, at, cookie, offset, length)
-                if not try_read(_view[start : start + length], offset):
+                done = try_read(_view[start : start + length], offset)
+                if done == FILLED:
+                    at = start + length
+                elif done == ZEROES:
+                    at = self._zeroes(at, start, event)
+                else:
                     left.append(event)
                     continue
-                at = start + length
                 if settle is not None:
                     settle(cookie, offset)
             elif type(event) is Write:
                 cookie, offset, data, flags = event
-                if at + HEAD > ARENA:
+                if at >= SEND_AT:
                     unsent = self._send(at)
                     at = 0
                     if unsent:
-                        return left + events[number:], unsent
+                        return left, events[number:], unsent
                 if flags or not try_write(offset, data):
                     left.append(event)
                     continue
@@ -97,7 +107,15 @@ class FastPath:
                     settle(cookie, offset)
             else:
                 left.append(event)
-        return left, self._send(at)
+        return left, [], self._send(at)
+
+    def _zeroes(self, at: int, start: int, event: Read) -> int:
+        """Answer a read of nothing but zeroes, as a hole or zeroes at ``start``; return where it ends."""
+        size = self._protocol.pack_hole(_arena, at, event.cookie, event.offset, event.length)
+        if size:
+            return at + size
+        _view[start : start + event.length] = _ZEROES[: event.length]
+        return start + event.length
 
     def _send(self, length: int) -> bytes:
         """Send the arena's first ``length`` bytes; return what the socket did not take. Errors are left to

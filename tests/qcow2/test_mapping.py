@@ -9,7 +9,7 @@ from nbdbm.errors import FormatError
 from nbdbm.qcow2.constants import COMPRESSED, COPIED, ZERO, IncompatFeature
 from nbdbm.qcow2.geometry import Geometry
 from nbdbm.qcow2.header import Header
-from nbdbm.qcow2.mapping import ABSENT, UNKNOWN, Kind, L2Decoder, Mapping, count_used, l2_table_offset
+from nbdbm.qcow2.mapping import ABSENT, BLANK, UNKNOWN, Kind, L2Decoder, Mapping, count_used, l2_table_offset
 from nbdbm.qcow2.refcount import RefcountBlock
 
 SIZE = 65536
@@ -246,6 +246,8 @@ def test_kinds_say_what_runs_say(header: Header, data: st.DataObject) -> None:
         assert where == part[0].host
     elif len(part) == 1 and part[0].kind is Kind.UNALLOCATED:
         assert where == ABSENT or length > SIZE - start % SIZE
+    elif len(part) == 1 and part[0].kind in (Kind.ZERO, Kind.ZERO_ALLOCATED):
+        assert where == BLANK
     else:
         assert where == UNKNOWN
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdbm.errors import BitmapError
 from nbdbm.image.image import Run
+from nbdbm.image.read import FILLED, LATER, ZEROES
 
 CLUSTER = 65536
 
@@ -92,11 +93,17 @@ class MemoryImage:
         finally:
             self.reading -= 1
 
-    def try_read_into(self, view: memoryview, offset: int) -> bool:
-        if self.gate is not None:
-            return False
-        view[:] = self.content[offset : offset + len(view)]
-        return True
+    def try_read(self, view: memoryview, offset: int) -> int:
+        if self.gate is not None or any(offset <= at < offset + len(view) for at in self.failures):
+            return LATER
+        kinds = {is_data for _, is_data in self._runs(offset, len(view))}
+        if kinds == {True}:
+            view[:] = self.content[offset : offset + len(view)]
+            return FILLED
+        return LATER if True in kinds else ZEROES
+
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        return False
 
     async def read_into(self, view: memoryview, offset: int) -> None:
         await self._read(view, offset)
