@@ -369,6 +369,9 @@ class Sessions(RuleBasedStateMachine):
             value = data.draw(st.integers(1, 255), "value")
             if self.kind.data_file and what in ("packed", "trim"):
                 continue
+            if what == "packed" and any("-c" in command for command in commands):
+                # QEMU 7.2 goes on packing in a cluster that was freed and has got another user since.
+                continue
             if self.kind.name == "v2-backing" and what == "packed":
                 continue  # nothing becomes unallocated there
             done: Request | None = Request("zeroes", offset, length)
