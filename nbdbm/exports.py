@@ -76,6 +76,9 @@ connections may write (CAN_MULTI_CONN)."""
 
 _HOLE = int(AllocationFlag.HOLE)
 _ZERO = int(AllocationFlag.ZERO)
+_ALLOCATION_COLUMN = (_HOLE | _ZERO, _HOLE | _ZERO, 0)
+_DEPTH_COLUMN = (0, 1, 1)
+"""Flags of what is unallocated, zero and data in an image without others under it."""
 
 
 class Export:
@@ -182,7 +185,15 @@ class Export:
         self, allocation: ExtentList | None, depth: ExtentList | None, offset: int, length: int
     ) -> None:
         """Fill the lists from the image's runs, one walk for both, until each is full or work is bounded."""
-        position, end = offset, offset + length
+        end = offset + length
+        columns = []
+        if allocation is not None:
+            columns.append((allocation, _ALLOCATION_COLUMN))
+        if depth is not None:
+            columns.append((depth, _DEPTH_COLUMN))
+        position = await self._image.fill_status(offset, length, columns)
+        if position >= end or all(extents.full for extents, _ in columns):
+            return
         for step in range(1, MAX_STATUS_STEPS + 1):
             runs = await self._image.status(position, end - position)
             for run in runs:

@@ -18,7 +18,7 @@ from nbdbm.image.cache import TableCache
 from nbdbm.image.commit import Metadata
 from nbdbm.image.rawwrite import RawWriter
 from nbdbm.image.read import Reader
-from nbdbm.image.status import Run, StatusWalker
+from nbdbm.image.status import Column, Run, StatusWalker
 from nbdbm.image.writable import load_metadata, prepare
 from nbdbm.image.write import Writer
 from nbdbm.qcow2.header import Header
@@ -324,6 +324,15 @@ class Image:
         """
         assert self._options.chain and offset >= 0 and length > 0 and offset + length <= self.size
         return await self._status.status(offset, length)
+
+    async def fill_status(self, offset: int, length: int, columns: Sequence[Column]) -> int:
+        """Describe the start of the range in lists of extents, the short way; return how far it goes.
+
+        ``status`` goes on from there. Each column is a list, and its flags for what is unallocated, zero
+        and data.
+        """
+        assert self._options.chain and offset >= 0 and length > 0 and offset + length <= self.size
+        return await self._status.fill(offset, length, columns)
 
     async def bits(self, name: str) -> DirtyBitmap:
         """Return the bitmap's bits, loading them on first need.

@@ -20,9 +20,13 @@ import re
 import sys
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+from bitarray import bitarray
+
 from nbdbm.errors import CorruptError
+from nbdbm.extents import ExtentList
 from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile
 from nbdbm.image.cache import Table
@@ -75,6 +79,9 @@ class Run(NamedTuple):
     depth: int
     """0 unallocated in every layer, 1 allocated in the active layer, n in the n-th layer down."""
 
+
+Column = tuple[ExtentList, tuple[int, int, int]]
+"""A list to be filled, and the flags for UNALLOCATED, ZERO and DATA, of which two at most differ."""
 
 Verdict = tuple[bool, bool, int]
 """A Run but for its length."""
@@ -144,6 +151,47 @@ class StatusWalker:
                     todo.append((-1, state | (place + 1) << 2, part))
         return collected.finish()
 
+    async def fill(self, offset: int, length: int, columns: Sequence[Column]) -> int:
+        """Describe the range in several lists at once, from ``offset``, as long as the short way knows how.
+
+        That is a qcow2 image alone, with whole clusters of a kind. Stops where all lists are full, and
+        returns how far it came; ``status`` knows the rest (which may be everything) or raises.
+        """
+        (layer, *below) = self._layers
+        if below or layer.map is None or offset + length > layer.size:
+            return offset
+        end = offset + length
+        bits = layer.map.geometry.cluster_bits
+        steps = 0
+        while offset < end and not all(extents.full for extents, _ in columns):
+            try:
+                covered, table = await layer.map.slice_kinds(offset, end - offset)
+            except (CorruptError, OSError):
+                break
+            if table is None:
+                for extents, flags in columns:
+                    extents.add(covered, flags[UNALLOCATED])
+                offset += covered
+                continue
+            kinds = table.kinds
+            assert kinds is not None
+            if b"M" in kinds or b"X" in kinds:
+                break
+            if (b"D" in kinds or b"C" in kinds) and await self._is_preallocated(0, layer):
+                break
+            first = (offset >> bits) & (len(kinds) - 1)
+            within = offset & layer.map.geometry.cluster_mask
+            last = first + ((within + covered - 1) >> bits)
+            part = kinds[first : last + 1]
+            for extents, flags in columns:
+                if not extents.full:
+                    _add_clusters(extents, part.translate(_flags_by_kind(flags)), bits, within, covered)
+            offset += covered
+            steps += 1
+            if steps % CALL_SLICES == 0:
+                await asyncio.sleep(0)
+        return offset
+
     async def _layer_states(
         self, place: int, layer: Layer, offset: int, length: int, cursors: dict[int, _FileCursor]
     ) -> tuple[list[tuple[int, int]], int]:
@@ -179,6 +227,42 @@ class StatusWalker:
             task = asyncio.ensure_future(_detect_preallocation(layer))
             self._preallocated[place] = task
         return await asyncio.shield(task)
+
+
+def _add_clusters(extents: ExtentList, flags: bytes, bits: int, within: int, length: int) -> None:
+    """Append ``length`` bytes from ``within`` the first of some clusters; a byte of ``flags`` for each.
+
+    Where runs end is found for all at once, as in ``DirtyBitmap.extents``.
+    """
+    count = len(flags)
+    first = flags[0]
+    if flags.count(first) == count:
+        extents.add(length, first)
+        return
+    other = next(iter({*flags} - {first}))
+    ones = bitarray()
+    ones.pack(flags if not first else flags.translate(_only(other)))
+    ones[:-1] ^= ones[1:]
+    ends = [*ones.search(1, 0, count - 1), count - 1]
+    extents.add(((ends[0] + 1) << bits) - within, first)
+    lengths = [(after - before) << bits for before, after in pairwise(ends)]
+    lengths[-1] += length + within - (count << bits)
+    extents.add_alternating(lengths, other, first)
+
+
+@functools.cache
+def _flags_by_kind(flags: tuple[int, int, int]) -> bytes:
+    """A translation table from letters of EntryKind to flags."""
+    table = bytearray(256)
+    for letter, state in STATES.items():
+        table[letter] = flags[state]
+    return bytes(table)
+
+
+@functools.cache
+def _only(value: int) -> bytes:
+    """A translation table: 1 for ``value``, else 0."""
+    return bytes(int(each == value) for each in range(256))
 
 
 class _Runs:

@@ -6,11 +6,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nbdbm.errors import CorruptError
+from nbdbm.extents import ExtentList
 from nbdbm.image import status
 from nbdbm.image.image import Image, Run
 from nbdbm.qcow2.constants import COMPRESSED, COPIED
@@ -279,3 +283,52 @@ def test_says_what_qemu_says(name: str, gallery: images.Gallery, tmp_path: Path)
     with qemu_nbd(case, tmp_path / "s") as uri:
         assert project(runs, "allocation") == extents(uri, "base:allocation")
         assert project(runs, "depth") == extents(uri, "qemu:allocation-depth")
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kinds=st.lists(st.sampled_from("UUDDDCZA"), min_size=1, max_size=80),
+    tail=st.integers(1, 512),
+    cuts=st.lists(st.integers(0, 80 * 512), max_size=4),
+    limit=st.sampled_from([1, 3, 1000]),
+)
+def test_the_short_way_says_the_same(
+    tmp_path: Path, kinds: list[str], tail: int, cuts: list[int], limit: int
+) -> None:
+    """``fill`` beside ``status``, over several slices, between any two offsets, in lists of any room."""
+    # 2 MiB clusters would have one slice; of 512 bytes, 64 entries are one.
+    entry = {"C": COMPRESSED | 0x200, "Z": 1, "A": COPIED | 0x200 | 1}
+    clusters = {n: entry.get(kind, b"x" * 512) for n, kind in enumerate(kinds) if kind != "U"}
+    size = 512 * (len(kinds) - 1) + tail
+    path = tmp_path / "disk"
+    path.write_bytes(qcow2build.Image(size=size, cluster_bits=9, clusters=clusters).build())
+
+    async def look(image: Image) -> None:
+        edges = sorted({min(cut, size) for cut in cuts} | {0, size})
+        for start, end in pairwise(edges):
+            slow = [ExtentList(start, end - start, limit) for _ in range(2)]
+            fast = [ExtentList(start, end - start, limit) for _ in range(2)]
+            runs: list[Run] = []
+            while (at := start + sum(run.length for run in runs)) < end:
+                runs += await image.status(at, end - at)
+            for run in runs:
+                slow[0].add(run.length, int(not run.data) | int(run.zero) << 1)
+                slow[1].add(run.length, run.depth)
+            columns = [(fast[0], (3, 3, 0)), (fast[1], (0, 1, 1))]
+            reached = await image.fill_status(start, end - start, columns)
+            assert reached == end or all(extents.full for extents in fast)
+            assert [extents.flat for extents in fast] == [extents.flat for extents in slow]
+
+    engine.use(path, look)
+
+
+def test_the_short_way_stops_where_it_must(tmp_path: Path) -> None:
+    """Before an entry that breaks the rules, and at once if there are layers below."""
+
+    async def reached(image: Image) -> int:
+        return await image.fill_status(0, image.size, [(ExtentList(0, image.size, 10), (3, 3, 0))])
+
+    path = make(tmp_path / "broken", {0: DATA, 8192: 1 << 60 | 0x10000}, 8200)
+    assert engine.use(path, reached) == 8192 * CLUSTER
+    make(tmp_path / "base", {0: DATA}, 8)
+    assert engine.use(make(tmp_path / "top", {1: DATA}, 8, "base"), reached) == 0

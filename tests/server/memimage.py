@@ -137,6 +137,9 @@ class MemoryImage:
                 runs.append(Run(part, is_data, not is_data, int(is_data)))
         return runs
 
+    async def fill_status(self, offset: int, length: int, columns: Any) -> int:
+        return offset
+
     async def bits(self, name: str) -> MemoryBits:
         if name not in self._bits:
             raise BitmapError(name, "no such bitmap")
