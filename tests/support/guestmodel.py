@@ -157,15 +157,15 @@ class GuestModel:
         contents = [self.initial(start, stretch.end - start)]
         earlier: list[GuestOp] = []
         for op in sorted(stretch.ops, key=lambda op: op.begun):
-            after = _each(op, start, contents)
-            if self.durable(op, tick):
-                # What it overlapped in time may have come after it nevertheless.
-                for other in earlier:
-                    if other.ended > op.begun:
-                        after += _each(other, start, after)
-            else:
-                after += contents
-            contents = list(dict.fromkeys(after))
+            before, contents = contents, _each(op, start, contents)
+            if not self.durable(op, tick):
+                contents += before
+            # What it overlapped in time may have come after it nevertheless, in any order.
+            together = [other for other in earlier if other.ended > op.begun]
+            contents = list(dict.fromkeys(contents))
+            for content in contents:  # which grows meanwhile
+                new = (after for other in together for after in other.apply(start, content))
+                contents += [after for after in dict.fromkeys(new) if after not in contents]
             earlier.append(op)
         return contents
 

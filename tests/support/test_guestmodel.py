@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import permutations
 
 import pytest
 
@@ -180,3 +181,32 @@ def test_false_clean_bits(model: GuestModel) -> None:
     assert model.false_clean(now, bitmap) == [3072]
     bitmap.set(6 * SECTOR, 1)
     assert model.false_clean(now, bitmap) == []
+
+
+def test_requests_at_the_same_time_take_effect_in_any_order() -> None:
+    """Nothing flushed: parts of one sector may come from each, whichever began first."""
+    timeline = Timeline()
+    model = GuestModel(timeline, SECTOR, bytes(SECTOR))
+    whole = [
+        model.begin("write", 0, data=bytes([letter]) * (256 + 64 * n)) for n, letter in enumerate(b"ABC")
+    ]
+    for op in whole:
+        model.end(op)
+    ((_, _, contents),) = model.permitted(timeline.now)
+
+    def applied(order: str) -> bytes:
+        content = bytes(SECTOR)
+        for letter in order:
+            op = whole["ABC".index(letter)]
+            content = op.data + content[len(op.data) :]
+        return content
+
+    orders = ["".join(order) for n in range(4) for order in permutations("ABC", n)]
+    assert set(contents) == {applied(order) for order in orders}
+    later = model.begin("write", 0, data=b"D" * 100)
+    model.end(later)
+    ((_, _, contents),) = model.permitted(timeline.now)
+    # After them all, but not flushed either.
+    assert set(contents) == {
+        done for order in orders for done in (applied(order), b"D" * 100 + applied(order)[100:])
+    }
