@@ -572,12 +572,16 @@ class ServerProtocol(Receiver):
 
     # The same replies for a shell that gathers and sends them itself; ``settle`` follows.
 
-    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int) -> int:
+    def pack_read(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int
+    ) -> int:
         """Write at ``at`` of ``buffer`` what comes before the ``length`` bytes of a read that is all data;
         return how many bytes that is, at most HEAD."""
         return self._replies.pack_read(buffer, at, cookie, offset, length)
 
-    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int) -> int:
+    def pack_hole(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int
+    ) -> int:
         """Write the answer to a read of nothing but zeroes; return how many bytes it is, at most HEAD, or 0
         if holes can only be sent as data."""
         return self._replies.pack_hole(buffer, at, cookie, offset, length)

@@ -207,10 +207,14 @@ class ReplyBuilder(Protocol):
     def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int) -> int:
         """Write what ``done`` appends to ``buffer``; return how many bytes it is."""
 
-    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         """Write what comes before ``length`` bytes of data that are a read's only chunk."""
 
-    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_hole(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         """Write the whole answer to a read of nothing but zeroes; 0 if the style has none."""
 
     def error(self, out: Output, cookie: int, origin: int, error: NbdErrno, text: str) -> None:
@@ -232,11 +236,15 @@ class SimpleReplies:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
         return SIMPLE_REPLY.size
 
-    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
         return SIMPLE_REPLY.size
 
-    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_hole(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         return 0
 
     def done(self, out: Output, cookie: int, origin: int) -> None:
@@ -269,12 +277,16 @@ class StructuredReplies:
         SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
         return SIMPLE_REPLY.size
 
-    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         size = DATA_OFFSET.size + length
         self._READ.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, size, origin)
         return self._READ.size
 
-    def pack_hole(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_hole(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         whole = self._head(_DONE, _OFFSET_HOLE, cookie, origin, HOLE.size) + HOLE.pack(origin, length)
         buffer[at : at + len(whole)] = whole
         return len(whole)
@@ -368,7 +380,9 @@ class ExtendedReplies(StructuredReplies):
         buffer[at : at + len(head)] = head
         return len(head)
 
-    def pack_read(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int) -> int:
+    def pack_read(
+        self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int
+    ) -> int:
         size = DATA_OFFSET.size + length
         self._READ.pack_into(
             buffer, at, EXTENDED_REPLY_MAGIC, _DONE, _OFFSET_DATA, cookie, origin, size, origin
