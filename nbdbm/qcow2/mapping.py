@@ -133,7 +133,7 @@ class L2Decoder:
                 return host
             if kind == UNALLOCATED:
                 return ABSENT
-            if kind == ZEROES or kind == ZERO_ALLOCATED:
+            if kind in (ZEROES, ZERO_ALLOCATED):
                 return BLANK
         return UNKNOWN
 
