@@ -321,11 +321,12 @@ class ThreadedFile:
 
     def try_pwrite(self, offset: int, data: memoryview) -> bool:
         """Write all of ``data`` now if it is little enough to be copied to the page cache; else False."""
-        if len(data) > INLINE_WRITE:
+        length = len(data)
+        if length > INLINE_WRITE:
             return False
         self._pwrite(offset, data)
-        if offset + len(data) > self.size:
-            self.size = offset + len(data)
+        if offset + length > self.size:
+            self.size = offset + length
         return True
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -336,9 +337,9 @@ class ThreadedFile:
         self.size = max(self.size, offset + len(data))
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
-        done = 0
+        done = os.pwrite(self.fd, view, offset)
         while done < len(view):
-            count = os.pwritev(self.fd, (view[done:],), offset + done)
+            count = os.pwrite(self.fd, view[done:], offset + done)
             if not count:
                 raise OSError(errno.EIO, "nothing could be written", self.path)
             done += count

@@ -56,14 +56,15 @@ class ClusterLocks:
     under way at a time: a list is searched faster than a tree is kept.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("held",)
 
     def __init__(self) -> None:
-        self._held: list[tuple[int, int, asyncio.Future[None]]] = []
+        self.held: list[tuple[int, int, asyncio.Future[None]]] = []
+        """(first, end, what ends with it) of each; for a look at whether there are any."""
 
     def holder(self, first: int, end: int) -> asyncio.Future[None] | None:
         """The first request that holds one of the clusters [first, end), as what ends with it."""
-        for begin, stop, future in self._held:
+        for begin, stop, future in self.held:
             if first < stop and begin < end:
                 return future
         return None
@@ -74,10 +75,10 @@ class ClusterLocks:
             # Many may wait for one future, and a waiter may be cancelled: it must not take the future along.
             await asyncio.shield(future)
         lock = (first, end, asyncio.get_running_loop().create_future())
-        self._held.append(lock)
+        self.held.append(lock)
         return lock
 
     def release(self, lock: tuple[int, int, asyncio.Future[None]]) -> None:
         """Give the clusters back and wake whoever waits for them."""
-        self._held.remove(lock)
+        self.held.remove(lock)
         lock[2].set_result(None)

@@ -76,17 +76,12 @@ class Writer:
         Raises:
             OSError: the host refused it; some of it may have been written.
         """
-        geometry = self._geometry
         length = len(data)
-        end = offset + length
         table = self._clusters.cached(offset, length)
         if table is None:
             return False
         host, part = self._in_place(table, offset, length)
-        if part < length:
-            return False
-        bits = geometry.cluster_bits
-        if self._locks.holder(offset >> bits, ((end - 1) >> bits) + 1) is not None:
+        if part < length or (self._locks.held and not self._free(offset, length)):
             return False
         return self._metadata.data.try_pwrite(host, data)
 
