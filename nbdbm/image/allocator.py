@@ -65,6 +65,8 @@ class Allocator:
         self.give_up: Callable[[str, OSError], ImageError] = self._give_up
         """Told that nobody can know what the file says now (what failed, and how); returns the error."""
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._dropped = 0
+        """How many blocks have left the cache."""
         self._dirty: dict[int, _Block] = {}
         self._cache_blocks = max(2, BLOCK_CACHE // self.cluster_size)
         self._new: list[int] = []
@@ -127,10 +129,14 @@ class Allocator:
         if number >= len(self.table) or not self.table[number]:
             return None
         offset = self.table[number]
-        data = await self.file.pread(offset, self.cluster_size)
-        again = self._blocks.get(number)
-        if again is not None:  # somebody else read it meanwhile, and may have changed it
-            return again
+        while True:
+            dropped = self._dropped
+            data = await self.file.pread(offset, self.cluster_size)
+            again = self._blocks.get(number)
+            if again is not None:  # somebody else read it meanwhile, and may have changed it
+                return again
+            if dropped == self._dropped:  # else it may have been read, changed, written and dropped
+                break
         block = _Block(offset, unpack_counts(data, self.order))
         self._remember(number, block)
         return block
@@ -141,6 +147,7 @@ class Allocator:
             for old in self._blocks:
                 if old not in self._dirty and old not in self._new and old != number:
                     del self._blocks[old]
+                    self._dropped += 1
                     break
 
     async def count(self, cluster: int) -> int:
@@ -423,7 +430,7 @@ class Allocator:
             return await self._write_new_blocks()
 
     async def _write_new_blocks(self) -> bool:
-        new, self._new = self._new, []
+        new = list(self._new)  # they stay there until it is done: the cache must not drop them
         try:
             for number in new:
                 block = self._blocks[number]
@@ -434,10 +441,10 @@ class Allocator:
             for number in new:
                 await self.file.pwrite(self.table_offset + 8 * number, self.table[number].to_bytes(8, "big"))
         except BaseException:
-            self._new = new + self._new
             for number in new:
                 self._touch(number, self._blocks[number], 0, self.per_block)
             raise
+        self._new = [number for number in self._new if number not in new]
         return True
 
     async def write_dirty(self) -> None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nbdbm.errors import CorruptError, ImageError
@@ -392,6 +392,7 @@ def test_reserved_clusters_are_passed_over() -> None:
 
 
 @settings(max_examples=30)
+@example(208, 6)
 @given(st.integers(0, 1 << 30), st.sampled_from((0, 3, 6)))
 def test_many_at_once_never_share_a_cluster(seed: int, order: int) -> None:
     async def work() -> None:
