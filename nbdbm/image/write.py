@@ -81,7 +81,7 @@ class Writer:
         if table is None:
             return False
         host, part = self._in_place(table, offset, length)
-        if part < length or (self._locks.held and not self._free(offset, length)):
+        if part < length or (self._locks.held and self._holder(offset, length) is not None):
             return False
         return self._metadata.data.try_pwrite(host, data)
 
@@ -124,7 +124,11 @@ class Writer:
         table = await self._lookup(offset)
         if table is not None:
             host, part = self._in_place(table, offset, length)
-            if part and self._free(offset, part):
+            if part:
+                if (holder := self._holder(offset, part)) is not None:
+                    # Of any of these clusters, not only the first: wait here, then look again.
+                    await asyncio.shield(holder)
+                    return 0
                 await self._metadata.data.pwrite(host, data[:part])
                 return part
             length = self._until_in_place(table, offset, length)
@@ -135,10 +139,10 @@ class Writer:
         end = ((offset >> self._geometry.slice_shift) + 1) << self._geometry.slice_shift
         return min(length, end - offset)
 
-    def _free(self, offset: int, length: int) -> bool:
-        """Whether nobody is changing the mapping of the range."""
+    def _holder(self, offset: int, length: int) -> asyncio.Future[None] | None:
+        """Who is changing the mapping of the range, as what ends with it."""
         bits = self._geometry.cluster_bits
-        return self._locks.holder(offset >> bits, ((offset + length - 1) >> bits) + 1) is None
+        return self._locks.holder(offset >> bits, ((offset + length - 1) >> bits) + 1)
 
     def _until_in_place(self, table: Table, offset: int, length: int) -> int:
         """Bytes from ``offset`` to the first later cluster that can be overwritten where it lies."""

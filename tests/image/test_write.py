@@ -93,6 +93,24 @@ def test_adjacent_clusters_are_one_write() -> None:
     run(work)
 
 
+def test_whoever_changes_a_later_cluster_is_waited_for() -> None:
+    """The first cluster is free: a writer that only asked about that one would turn for ever, and alone."""
+
+    async def work() -> None:
+        parts = await opened(disk())
+        locks = parts.writer._locks
+        lock = await locks.acquire(2, 3)
+        writing = asyncio.ensure_future(parts.writer.write(0, memoryview(b"w" * (4 * SIZE))))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not writing.done() and not writes(parts)
+        locks.release(lock)
+        await writing
+        assert len(writes(parts)) == 1
+
+    run(work)
+
+
 def test_try_write_does_all_or_nothing() -> None:
     async def work() -> None:
         parts = await opened(disk())
