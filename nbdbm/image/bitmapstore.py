@@ -151,6 +151,8 @@ class BitmapStore:
                     try:
                         _, refusal = await self._read_table(entry)
                     except OSError as error:
+                        if self._writable:
+                            raise  # written past, it would be lost for good; a second try may find it
                         log.warning("%s: reading a bitmap table: %s", self._file.path, error)
                         refusal = f"reading its table failed: {error}"
                 usable = BitmapState.VALID if self._writable else BitmapState.READ_ONLY
