@@ -63,7 +63,7 @@ from nbdbm.nbd.messages import (
     reply_text,
 )
 from nbdbm.nbd.receiver import SMALL_BODY, Receiver
-from nbdbm.nbd.transmission import REPLIES, Chunks, Judge, Origins, Output, Refusal
+from nbdbm.nbd.transmission import REPLIES, Chunks, Judge, Origins, Output, Refusal, ReplyBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ _new = tuple.__new__
 """Makes an event at half the cost of calling its class; for the hot loop only."""
 
 _READ, _WRITE, _PAYLOAD_LEN = int(Cmd.READ), int(Cmd.WRITE), int(CmdFlag.PAYLOAD_LEN)
+
+_NOTHING_INLINE = (REQUEST.unpack_from, REQUEST.size, -1, 0, 0, 0)
 
 _INCOMPLETE = -1
 """Returned instead of a position when a message must stay in the scratch until more of it is there."""
@@ -94,6 +96,7 @@ class ServerProtocol(Receiver):
         "_after_skip",
         "_handshake",
         "_head",
+        "_inline",
         "_judge",
         "_limits",
         "_magic",
@@ -133,6 +136,9 @@ class ServerProtocol(Receiver):
         self._replies = REPLIES[HeaderStyle.SIMPLE]
         self._head: Struct = REQUEST
         self._magic = REQUEST_MAGIC
+        self._inline: tuple[Callable[..., tuple[int, ...]], int, int, int, int, int] = _NOTHING_INLINE
+        """What ``_parse_requests`` judges the common requests by: how a header is unpacked, its size; the
+        disk's size (-1: none is common), the longest read, the longest write, and the flags it may have."""
         self._origins: Origins | None = None
         """Extended headers: the offset of each request that awaits its reply."""
         self._take_option_replies(self._handshake)
@@ -247,7 +253,7 @@ class ServerProtocol(Receiver):
                 at = self._parse_option(at, end, events)
             elif self.state is State.CLIENT_FLAGS:
                 at = self._parse_client_flags(at, end)
-            if at == before and not self._skip:
+            if at in (before, end) and not self._skip:
                 break
         if self.state is State.DECIDING and end - at >= len(self._scratch):
             raise ProtocolViolation("the client went on before its option was answered")
@@ -314,6 +320,16 @@ class ServerProtocol(Receiver):
             self._head = EXTENDED_REQUEST
             self._magic = EXTENDED_REQUEST_MAGIC
             self._origins = Origins()
+        plain = info.minimum_block == 1 and not self._trace
+        writable = not info.flags & TransmissionFlag.READ_ONLY
+        self._inline = (
+            self._head.unpack_from,
+            self._head.size,
+            info.size if plain else -1,
+            negotiated.maximum_payload,
+            min(negotiated.maximum_payload, SMALL_BODY) if writable else 0,
+            _PAYLOAD_LEN if negotiated.extended else 0,
+        )
         self._become(State.TRANSMISSION)
         return self._resume()
 
@@ -402,21 +418,15 @@ class ServerProtocol(Receiver):
 
     def _parse_requests(self, at: int, end: int, events: list[Event]) -> int:
         """Parse requests from ``at`` on; return where the first incomplete one begins."""
-        negotiated = self.negotiated
-        assert negotiated is not None
-        info = negotiated.info
-        unpack, head, buffer = self._head.unpack_from, self._head.size, self._scratch
-        size, maximum, origins = info.size, negotiated.maximum_payload, self._origins
         # The two common requests are judged in line, by the rules that Judge has for them; whatever is
         # not plain goes the general way.
-        plain = info.minimum_block == 1 and not self._trace
-        small = min(maximum, SMALL_BODY) if not info.flags & TransmissionFlag.READ_ONLY else 0
-        payload_len = _PAYLOAD_LEN if negotiated.extended else 0
+        unpack, head, size, maximum, small, payload_len = self._inline
+        buffer, origins = self._scratch, self._origins
         while end - at >= head:
             magic, flags, command, cookie, offset, length = unpack(buffer, at)
             if magic != self._magic:
                 raise ProtocolViolation(f"request magic {magic:#x}")
-            if plain and offset + length <= size:
+            if offset + length <= size:
                 if command == _READ:
                     if not flags and 0 < length <= maximum:
                         at += head
@@ -570,25 +580,10 @@ class ServerProtocol(Receiver):
         if self._trace:
             self._log_reply(before)
 
-    # The same replies for a shell that gathers and sends them itself; ``settle`` follows.
-
-    def pack_read(
-        self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int
-    ) -> int:
-        """Write at ``at`` of ``buffer`` what comes before the ``length`` bytes of a read that is all data;
-        return how many bytes that is, at most HEAD."""
-        return self._replies.pack_read(buffer, at, cookie, offset, length)
-
-    def pack_hole(
-        self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int, length: int
-    ) -> int:
-        """Write the answer to a read of nothing but zeroes; return how many bytes it is, at most HEAD, or 0
-        if holes can only be sent as data."""
-        return self._replies.pack_hole(buffer, at, cookie, offset, length)
-
-    def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, offset: int) -> int:
-        """Write a success without payload; return how many bytes it is, at most HEAD."""
-        return self._replies.pack_done(buffer, at, cookie, offset)
+    @property
+    def replies(self) -> ReplyBuilder:
+        """For a shell that packs and sends the replies to reads and writes itself; ``settle`` follows."""
+        return self._replies
 
     @property
     def settle(self) -> Callable[[int, int], object] | None:

@@ -9,13 +9,17 @@ received in place.
 
 from __future__ import annotations
 
+import mmap
+
 SCRATCH_SIZE = 256 * 1024
 """Bytes received at once: about sixty 4 KiB writes, and still in a second-level cache."""
 
 SMALL_BODY = 64 * 1024
 """Bodies up to this are parsed from the scratch, bytes; copying them is cheaper than a receive for each."""
 
-_shared = bytearray(SCRATCH_SIZE)
+_shared = memoryview(mmap.mmap(-1, SCRATCH_SIZE + 64))[64:]
+"""Begins 64 bytes into a page: to 1 to 31 bytes into one, where a bytearray would begin, kernels copy slowly
+(receiving 64 KiB took 27 us instead of 9)."""
 
 
 class Receiver:
@@ -29,7 +33,7 @@ class Receiver:
     __slots__ = ("_body", "_filled", "_partial", "_scratch", "_skip", "_view")
 
     def __init__(self, scratch: bytearray | None = None) -> None:
-        self._scratch = _shared if scratch is None else scratch
+        self._scratch: bytearray | memoryview = _shared if scratch is None else scratch
         assert len(self._scratch) >= 2 * SMALL_BODY
         self._view = memoryview(self._scratch)
         self._partial = b""

@@ -205,7 +205,7 @@ class ReplyBuilder(Protocol):
         """Success without payload."""
 
     def pack_done(self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int) -> int:
-        """Write what ``done`` appends to ``buffer``; return how many bytes it is."""
+        """Write what ``done`` appends at ``at`` of ``buffer``; return how many bytes it is, at most HEAD."""
 
     def pack_read(
         self, buffer: bytearray | memoryview, at: int, cookie: int, origin: int, length: int

@@ -220,9 +220,10 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._handshake.cancel()
             self._handshake = None
         self._context = Context(export, self._protocol, self._server.buffers, self._sent)
+        events = self._protocol.accept(export.info)
         if self._socket is not None and not self._protocol.traced:
             self._fast = FastPath(export, self._protocol, self._socket)
-        return self._protocol.accept(export.info)
+        return events
 
     def _handshake_expired(self) -> None:
         log.debug("client asked for no export in %g s", self._server.config.handshake_timeout)

@@ -47,14 +47,15 @@ class FastPath:
     """Carries out requests of one connection on one export.
 
     Args:
+        protocol: in transmission.
         sock: where replies go as they are (no TLS); non-blocking.
     """
 
-    __slots__ = ("_export", "_protocol", "_sock")
+    __slots__ = ("_replies", "_settle", "_sock", "_try_read", "_try_write")
 
     def __init__(self, export: Export, protocol: ServerProtocol, sock: socket.socket) -> None:
-        self._export = export
-        self._protocol = protocol
+        self._try_read, self._try_write = export.try_read, export.try_write
+        self._replies, self._settle = protocol.replies, protocol.settle
         self._sock = sock
 
     def serve(self, events: list[Event]) -> tuple[list[Event], list[Event], bytes]:
@@ -65,9 +66,7 @@ class FastPath:
         """
         left: list[Event] = []
         budget = TURN_BYTES
-        try_read, try_write = self._export.try_read, self._export.try_write
-        pack_read, pack_done = self._protocol.pack_read, self._protocol.pack_done
-        settle = self._protocol.settle
+        try_read, pack_read, settle = self._try_read, self._replies.pack_read, self._settle
         at = 0
         for number, event in enumerate(events):
             if type(event) is Read:
@@ -99,10 +98,10 @@ class FastPath:
                     at = 0
                     if unsent:
                         return left, events[number:], unsent
-                if flags or not try_write(offset, data):
+                if flags or not self._try_write(offset, data):
                     left.append(event)
                     continue
-                at += pack_done(_arena, at, cookie, offset)
+                at += self._replies.pack_done(_arena, at, cookie, offset)
                 if settle is not None:
                     settle(cookie, offset)
             else:
@@ -111,7 +110,7 @@ class FastPath:
 
     def _zeroes(self, at: int, start: int, event: Read) -> int:
         """Answer a read of nothing but zeroes, as a hole or zeroes at ``start``; return where it ends."""
-        size = self._protocol.pack_hole(_arena, at, event.cookie, event.offset, event.length)
+        size = self._replies.pack_hole(_arena, at, event.cookie, event.offset, event.length)
         if size:
             return at + size
         _view[start : start + event.length] = _ZEROES[: event.length]
