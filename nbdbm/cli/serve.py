@@ -167,7 +167,6 @@ def serve(
 async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
     """Serve as configured until the end; return the exit status."""
     from nbdbm.exports import Export, ExportRegistry
-    from nbdbm.server.heap import keep_freed_memory
     from nbdbm.server.listener import notify
     from nbdbm.server.server import Server
 
@@ -194,8 +193,6 @@ async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
             with _pid_file(config.pid_file):
                 _report(config, image, export, listeners)
                 notify(environ.get("NOTIFY_SOCKET"), f"READY=1\nMAINPID={os.getpid()}")
-                # Not before: it takes some milliseconds, and clients can connect by now.
-                keep_freed_memory()
                 status = 0
                 if config.run is not None:
                     status = await _run_command(config.run, config.export_name, listeners, environ, stop)

@@ -22,7 +22,6 @@ from nbdbm.image.blockfile import BlockFile, fill_zeroes, in_thread
 from nbdbm.image.cache import ClusterCache
 from nbdbm.image.clusters import ClusterMap
 from nbdbm.qcow2.compressed import CompressedDescriptor
-from nbdbm.qcow2.constants import CompressionType
 from nbdbm.qcow2.mapping import ABSENT, BLANK, Kind
 
 PARALLEL = 16
@@ -31,9 +30,8 @@ PARALLEL = 16
 NOWAIT_BATCH = 64
 """Pieces read from the page cache before other requests get their turn."""
 
-INLINE: dict[int, int] = {CompressionType.ZLIB: 8 * 1024, CompressionType.ZSTD: 512 * 1024}
-"""Bytes; decompressing no more than this takes less time than handing it to a thread and passing the
-interpreter's lock to and fro. zstd takes 40 us for 64 KiB, zlib 170 us."""
+INLINE_CLUSTER = 8 * 1024
+"""Bytes; decompressing no more than this takes less time than handing it to a thread."""
 
 UNPACK_BATCH = 8
 """Clusters decompressed per visit of a thread."""
@@ -238,7 +236,7 @@ class Reader:
         """Read and decompress whole clusters of one layer."""
         layer = batch[0].layer
         clusters, decompress = layer.map, layer.decompress
-        assert clusters is not None and decompress is not None and layer.header is not None
+        assert clusters is not None and decompress is not None
         size = clusters.geometry.cluster_size
         packed: list[bytes] = []
         for piece in batch:
@@ -262,11 +260,7 @@ class Reader:
                     break
             return done
 
-        if size * len(packed) <= INLINE[layer.header.compression_type]:
-            done = unpack()
-            await asyncio.sleep(0)  # other requests get their turn between two batches
-        else:
-            done = await in_thread(unpack)
+        done = unpack() if size * len(packed) <= INLINE_CLUSTER else await in_thread(unpack)
         results: list[bytes] = []
         for piece, result in zip(batch, done, strict=False):
             if isinstance(result, FormatError):
