@@ -201,7 +201,10 @@ async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
                 notify(environ.get("NOTIFY_SOCKET"), "STOPPING=1")
                 await server.close()
         finally:
-            await server.close()
+            try:
+                await server.close()
+            finally:
+                _ignore_signals()
     return status
 
 
@@ -246,6 +249,24 @@ def _on_signals(stop: asyncio.Event, server: object) -> None:
 
     for number in SIGNALS:
         loop.add_signal_handler(number, caught)
+
+
+def _ignore_signals() -> None:
+    """Let no signal change the exit status any more: everything is stored and closed.
+
+    Otherwise the loop, when it closes, gives signals their default action back, and one that comes while
+    the interpreter ends makes a clean end look like a kill.
+    """
+    loop = asyncio.get_running_loop()
+    # Blocked meanwhile, since taking a handler off restores the default action first. (In this thread: an
+    # I/O thread can still take one in these microseconds.)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,15 @@ class TestCleanEnd:
                         await asyncio.sleep(0.01)
 
             talk(tmp_path / "s", work)
+            assert ended(process) == (0, "")
+        assert state(image)["b"] == ("usable", 2 * GRANULARITY)
+
+    @pytest.mark.parametrize("delay", [0, 0.02, 0.04, 0.06, 0.08, 0.12])
+    def test_a_second_signal_while_it_ends(self, image: Path, tmp_path: Path, delay: float) -> None:
+        with started(*argv(image, "-k", tmp_path / "s"), lines=5) as (process, _):
+            talk(tmp_path / "s", write_two)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(delay)  # into storing, closing, and the end of the interpreter
             assert ended(process) == (0, "")
         assert state(image)["b"] == ("usable", 2 * GRANULARITY)
 
