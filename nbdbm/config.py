@@ -28,6 +28,10 @@ FORMATS = ("qcow2", "raw")
 DISCARD = ("unmap", "ignore")
 DETECT_ZEROES = ("off", "on", "unmap")
 
+DEFAULT_BUSY_POLL = 50
+MAX_BUSY_POLL = 1000
+"""Microseconds: what a client on this machine takes for its next request, and what a vain wait may cost."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenConfig:
@@ -71,8 +75,14 @@ class ServerConfig:
     ask for anything must not hold one of the places for good."""
     drain_timeout: float = 30.0
     """Seconds that requests in progress get to finish when the server ends."""
+    busy_poll: float = DEFAULT_BUSY_POLL / 1e6
+    """Seconds that the next request of a lone client is awaited without sleeping, see server/busypoll.py."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.busy_poll <= MAX_BUSY_POLL / 1e6:
+            raise UsageError(
+                f"--busy-poll {self.busy_poll * 1e6:g}: must be 0 to {MAX_BUSY_POLL} microseconds"
+            )
         if self.max_connections < 0:
             raise UsageError(
                 f"--max-connections {self.max_connections}: must be 1 or more, or 0 for no limit"

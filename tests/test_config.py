@@ -26,6 +26,8 @@ def test_limits_are_inclusive() -> None:
     ListenConfig(socket="/" + "s" * (MAX_SOCKET_PATH - 1))
     ServeConfig(image="i", export_name="é" * (MAX_NAME // 2), description="d" * MAX_NAME)
     ServerConfig(max_connections=0)
+    ServerConfig(busy_poll=0)
+    ServerConfig(busy_poll=0.001)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,8 @@ def test_limits_are_inclusive() -> None:
         pytest.param(lambda: ListenConfig(port=65536), "0 to 65535", id="large_port"),
         pytest.param(lambda: ListenConfig(host=""), "empty", id="empty_host"),
         pytest.param(lambda: ServerConfig(max_connections=-1), "1 or more", id="negative_connections"),
+        pytest.param(lambda: ServerConfig(busy_poll=-1e-6), "0 to 1000 micro", id="negative_busy_poll"),
+        pytest.param(lambda: ServerConfig(busy_poll=0.0011), "--busy-poll 1100: must", id="long_busy_poll"),
         pytest.param(lambda: ServeConfig(image="i", export_name="é" * 2049), "4098 bytes", id="long_name"),
         pytest.param(lambda: ServeConfig(image="i", description="d" * 4097), "4097 bytes", id="long_text"),
         pytest.param(lambda: ServeConfig(image="i", export_name="a\0"), "zero byte", id="zero_in_name"),

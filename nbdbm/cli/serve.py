@@ -16,6 +16,7 @@ import click
 
 from nbdbm.cli import PROGRAM, printable
 from nbdbm.config import (
+    DEFAULT_BUSY_POLL,
     DEFAULT_HOST,
     DEFAULT_MAX_CONNECTIONS,
     DEFAULT_PORT,
@@ -103,6 +104,14 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
     show_default=True,
     help="Turn writes of zeroes into zero clusters; unmap: into holes.",
 )
+@click.option(
+    "--busy-poll",
+    type=int,
+    default=DEFAULT_BUSY_POLL,
+    show_default=True,
+    metavar="USEC",
+    help="Microseconds to stay awake for the next request; 0: never.",
+)
 @click.option("--pid-file", metavar="FILE", help="Hold the process ID here while serving.")
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
@@ -129,6 +138,7 @@ def serve(
     force_share: bool,
     discard: str,
     detect_zeroes: str,
+    busy_poll: int,
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
@@ -156,7 +166,7 @@ def serve(
         pid_file=pid_file,
         run=run_,
         listen=ListenConfig(socket=socket, host=bind, port=port),
-        server=ServerConfig(max_connections=max_connections),
+        server=ServerConfig(max_connections=max_connections, busy_poll=busy_poll / 1e6),
     )
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format=f"{PROGRAM}: %(message)s", force=True

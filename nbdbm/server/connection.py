@@ -20,6 +20,7 @@ from nbdbm.nbd.constants import NbdErrno, Rep
 from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.server.buffers import Buffer
+from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import Context, answer, cost
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.inline import run_inline
@@ -74,6 +75,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._context: Context | None = None
         self._fast: FastPath | None = None
         """Answers what it can before anything of the below begins; needs the socket itself."""
+        self._poll: BusyPoll | None = None
         self._ahead: list[Event] = []
         """What it has not looked at yet, because the client does not take replies or its turn was over."""
         self._handshake: asyncio.TimerHandle | None = None
@@ -117,16 +119,53 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         events = self._protocol.buffer_updated(nbytes)
+        if not self._answered_now(events):
+            self._pump()
+        elif (poll := self._poll) and len(events) == 1 and self._may_stay_awake and poll.begin():
+            self._stay_awake(poll)
+
+    def _answered_now(self, events: list[Event]) -> bool:
+        """Let the fast path do what it can; whether all is answered and sent, and nothing else to be done."""
         if self._fast is None or not events or self._ended:
             self._take(events)
-        else:
-            if type(events[-1]) is Disconnected:
-                self._take([events.pop()])
-            self._ahead = self._ahead + events if self._ahead else events
-            self._serve_ahead(self._fast)
-            if not (self._ahead or self._waiting or self._unsent or self._ended or self._protocol.queued):
-                return  # all of it is answered and sent, and nothing else is to be done
-        self._pump()
+            return False
+        if type(events[-1]) is Disconnected:
+            self._take([events.pop()])
+        self._ahead = self._ahead + events if self._ahead else events
+        self._serve_ahead(self._fast)
+        return not (self._ahead or self._waiting or self._unsent or self._ended or self._protocol.queued)
+
+    @property
+    def _may_stay_awake(self) -> bool:
+        """Whether nobody else has to wait for the event loop meanwhile."""
+        return self._server.alone and not (self._running or self._paused or self._ended or self._lost)
+
+    def _stay_awake(self, poll: BusyPoll) -> None:
+        """Answer requests that come one by one without going back to the event loop for each."""
+        while count := poll.receive(self._protocol.get_buffer):
+            events = self._protocol.buffer_updated(count)
+            if not self._answered_now(events):
+                self._pump()
+                poll.stop()
+            elif len(events) > 1:
+                poll.stop()  # several at once: this client need not be waited for
+            if not poll.going_on:
+                return
+        if poll.going_on:
+            self._loop.call_soon(self._stay_awake_again, poll)
+
+    def _stay_awake_again(self, poll: BusyPoll) -> None:
+        """The event loop has looked after everybody else, without sleeping."""
+        if not self._may_stay_awake:
+            poll.stop()
+            return
+        poll.resume()
+        try:
+            self._stay_awake(poll)
+        except BaseException:
+            # A bug: this connection ends, as it does where the transport has called us.
+            self.abort()
+            raise
 
     def _serve_ahead(self, fast: FastPath) -> None:
         """Let the fast path answer what it can, as long as the client takes it."""
@@ -223,6 +262,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         events = self._protocol.accept(export.info)
         if self._socket is not None and not self._protocol.traced:
             self._fast = FastPath(export, self._protocol, self._socket)
+            if self._server.busy_poll:
+                self._poll = BusyPoll(self._socket, self._server.busy_poll)
         return events
 
     def _handshake_expired(self) -> None:

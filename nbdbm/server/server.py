@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from nbdbm.config import ServerConfig
 from nbdbm.exports import ExportRegistry
 from nbdbm.server.buffers import BufferPool
+from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.listener import Listener, prepare
 
@@ -42,6 +43,8 @@ class Server:
         self.bytes = 0
         """What the connections hold in memory together; they keep the account."""
         self.max_bytes = MAX_BYTES
+        self.busy_poll = self.config.busy_poll if processors() > 1 else 0.0
+        """Seconds for which a connection awaits the next request awake; 0: never."""
         self.closing = False
         self._listeners: list[Listener] = []
         self._accepting = False
@@ -57,6 +60,11 @@ class Server:
     def connections(self) -> int:
         """Clients being served."""
         return len(self._connections)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is only one client: nobody else waits while it has all the attention."""
+        return len(self._connections) == 1
 
     async def start(self, listeners: Sequence[Listener]) -> None:
         """Begin to listen and to accept. On failure everything is closed but the registry."""
