@@ -16,6 +16,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from nbdbm.inline import run_inline
 from nbdbm.nbd.constants import NbdErrno, Rep
 from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
@@ -23,7 +24,6 @@ from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import Context, answer, cost
 from nbdbm.server.fastpath import FastPath
-from nbdbm.server.inline import run_inline
 
 if TYPE_CHECKING:
     from nbdbm.server.server import Server

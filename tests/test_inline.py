@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nbdbm.server.inline import run_inline
+from nbdbm.inline import run_inline
 
 
 def test_done_at_once() -> None:
