@@ -217,11 +217,15 @@ class Writer:
         end = offset + len(data)
         first, last = offset & ~mask, (end - 1) & ~mask
         table = await self._metadata.table(offset)
-        # Subclusters that the write does not touch stay as they are, unless the cluster's old place goes.
-        start = self._copy_from(table, first, host, offset)
-        stop = self._copy_to(table, last, host + last - first, end)
-        head = await self._surrounding(start, offset - start)
-        tail = await self._surrounding(end, stop - end)
+        if fresh and self._blank(table, first) and self._blank(table, last):
+            # The common case, at a third of the cost: there is nothing around the data, nor in its place.
+            start, stop, head, tail = first, last + size, None, None
+        else:
+            # Subclusters that the write does not touch stay as they are, unless the cluster's old place goes.
+            start = self._copy_from(table, first, host, offset)
+            stop = self._copy_to(table, last, host + last - first, end)
+            head = await self._surrounding(start, offset - start)
+            tail = await self._surrounding(end, stop - end)
         if (fresh and head is None and tail is None) or (start == offset and stop == end):
             await self._metadata.data.pwrite(host + offset - first, data)
         else:
@@ -243,6 +247,13 @@ class Writer:
                 unlinked = self._editor.references(table.words, cluster)
             self._editor.link(table.words, cluster, place, low - cluster, high - low)
             self._metadata.changed(cluster, table, unlinked)
+
+    def _blank(self, table: Table, cluster: int) -> bool:
+        """Whether a guest cluster has no entry and reads as zeroes. Never so where it has subclusters:
+        they are mapped one by one."""
+        return not (
+            self._has_backing or self._geometry.extended_l2 or table.words[self._editor.slot(cluster)]
+        )
 
     def _copy_from(self, table: Table, cluster: int, place: int, offset: int) -> int:
         """Where copying must begin in the first cluster of a write that begins at ``offset``."""
