@@ -113,13 +113,15 @@ class Metadata:
         if old:
             self._unlinked.append(old >> self._geometry.cluster_bits)
 
-    def changed(self, offset: int, table: Table, unlinked: Iterable[int] = ()) -> None:
-        """Note that the entry for a guest offset has changed, and which host clusters it no longer uses."""
+    def changed(self, offset: int, table: Table, unlinked: Iterable[int] = (), *, count: int = 1) -> None:
+        """Note that the entry for a guest offset has changed (or ``count`` entries from there on), and which
+        host clusters it no longer uses."""
         geometry = self._geometry
         number = offset >> geometry.slice_shift
         word = ((offset >> geometry.cluster_bits) & (geometry.slice_entries - 1)) * geometry.words_per_entry
+        first, last = word // PAGE_WORDS, (word + count * geometry.words_per_entry - 1) // PAGE_WORDS
         table.kinds = None
-        table.dirty |= 1 << word // PAGE_WORDS
+        table.dirty |= ((2 << last - first) - 1) << first
         table.pinned = True
         self._tables[number] = table
         self._unlinked += unlinked

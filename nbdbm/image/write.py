@@ -148,7 +148,8 @@ class Writer:
     def _until_in_place(self, table: Table, offset: int, length: int) -> int:
         """Bytes from ``offset`` to the first later cluster that can be overwritten where it lies."""
         size = self._geometry.cluster_size
-        at = size - (offset & self._geometry.cluster_mask)
+        blank = max(1, self._editor.blank(table.words, offset, length))
+        at = blank * size - (offset & self._geometry.cluster_mask)
         while at < length:
             if self._in_place(table, offset + at, min(size, length - at))[1]:
                 return at
@@ -192,8 +193,8 @@ class Writer:
             await self._fill(offset, data[:part], offset - within, fresh=False)
             return part
         # As many clusters as lie side by side in the file and need the same.
-        count = 1
         wanted = -(-(within + len(data)) // size)
+        count = max(1, self._editor.blank(table.words, offset, len(data)))
         while count < wanted and self._editor.owned(table.words, offset - within + count * size) is None:
             count += 1
         host, got, fresh = await self._metadata.allocator.allocate(count)
@@ -239,6 +240,11 @@ class Writer:
         # The data is in the file (in its cache): from here to the end nothing waits, so the mapping
         # changes as one.
         table = await self._metadata.table(offset)
+        count = ((last - first) >> geometry.cluster_bits) + 1
+        if self._editor.blank(table.words, offset, len(data)) == count:
+            self._editor.link_blank(table.words, first, host, count)
+            self._metadata.changed(first, table, count=count)
+            return
         for cluster in range(first, last + 1, size):
             place = host + cluster - first
             low, high = max(start, cluster), min(stop, cluster + size)

@@ -13,6 +13,7 @@ event, after which the shell sends what is queued, finishes what is in flight if
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable, Sequence
 from struct import Struct
 
@@ -67,6 +68,8 @@ from nbdbm.nbd.transmission import REPLIES, Chunks, Judge, Origins, Output, Refu
 
 logger = logging.getLogger(__name__)
 
+Body = bytearray | mmap.mmap
+
 FLAGS = tuple(CmdFlag(value) for value in range(CmdFlag.PAYLOAD_LEN << 1))
 """Every combination of known flags: looking one up costs a tenth of building it."""
 
@@ -90,10 +93,13 @@ class ServerProtocol(Receiver):
         limits: what the client may make us hold or do.
         scratch: a receive buffer instead of the one shared by the whole process; needed only if
             connections live in several threads.
+        allocate: gives the buffer, of the length asked for or more, that the payload of a large WRITE is
+            received into. It belongs to the event then.
     """
 
     __slots__ = (
         "_after_skip",
+        "_allocate",
         "_handshake",
         "_head",
         "_inline",
@@ -112,9 +118,15 @@ class ServerProtocol(Receiver):
     )
 
     def __init__(
-        self, catalog: Catalog, *, limits: Limits = DEFAULT_LIMITS, scratch: bytearray | None = None
+        self,
+        catalog: Catalog,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        scratch: bytearray | None = None,
+        allocate: Callable[[int], Body] = bytearray,
     ) -> None:
         super().__init__(scratch)
+        self._allocate = allocate
         self.state = State.CLIENT_FLAGS
         self.negotiated: Negotiated | None = None
         """What was agreed upon, once ``accept`` was called."""
@@ -497,7 +509,7 @@ class ServerProtocol(Receiver):
             if length <= SMALL_BODY:
                 return _INCOMPLETE
             self._write = request
-            self._begin_body(memoryview(bytearray(length)), at, end)
+            self._begin_body(memoryview(self._allocate(length))[:length], at, end)
             return end
         if self._origins is not None:
             self._origins.note(request.cookie, request.offset)

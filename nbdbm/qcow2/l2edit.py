@@ -85,6 +85,16 @@ class L2Editor:
         count = (missing & -missing).bit_length() - 1
         return max(0, min(length, ((first + count) << shift) - within))
 
+    def blank(self, words: array[int], offset: int, length: int) -> int:
+        """How many clusters from ``offset`` on, in the range and the slice, have an entry of zero: nothing
+        is mapped there. 0 with extended L2 entries."""
+        if self.geometry.extended_l2:
+            return 0
+        at = self.slot(offset)
+        count = ((offset + length - 1) >> self._cluster_bits) - (offset >> self._cluster_bits) + 1
+        raw = words[at : at + count].tobytes()
+        return (len(raw) - len(raw.lstrip(b"\0"))) // words.itemsize
+
     def owned(self, words: array[int], offset: int) -> int | None:
         """The host cluster that the entry alone uses, data or not; None if there is none."""
         entry = words[self.slot(offset)]
@@ -124,6 +134,15 @@ class L2Editor:
                 bitmap = 0
             words[at + 1] = (bitmap | mask) & ~(mask << 32)
         words[at] = host | COPIED
+
+    def link_blank(self, words: array[int], offset: int, host: int, count: int) -> None:
+        """Make ``count`` blank clusters from ``offset`` on data in adjacent host clusters from ``host`` on:
+        ``link`` for all of them at once."""
+        at = self.slot(offset)
+        first = host | COPIED
+        words[at : at + count] = array(
+            "Q", range(first, first + count * self._cluster_size, self._cluster_size)
+        )
 
     def zero(self, words: array[int], offset: int, host: int | None) -> None:
         """Make the whole cluster read as zeroes, with a host cluster of its own set aside, or none."""

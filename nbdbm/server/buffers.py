@@ -1,4 +1,4 @@
-"""Buffers for read payloads, kept and handed out again.
+"""Buffers for the payloads of large reads and writes, kept and handed out again.
 
 A fresh large buffer costs a page fault for every 4 KiB of it, which halves the throughput of large reads.
 """
@@ -17,7 +17,7 @@ MAX_KEPT = 16 * 1024 * 1024
 
 
 class BufferPool:
-    """Hands out bytearrays and takes them back.
+    """Hands out buffers and takes them back.
 
     A buffer has one owner: whoever took it gives it back once, when nothing can read or write it any more.
     One that may still be written to (a failed read whose threads have not ended) is dropped instead.
@@ -45,9 +45,11 @@ class BufferPool:
             return free.pop()
         return mmap.mmap(-1, size)
 
-    def give(self, buffer: Buffer) -> None:
-        """Take a buffer back."""
+    def give(self, buffer: object) -> None:
+        """Take a buffer back; anything else that a payload was in, too small to be kept, is dropped."""
+        if not isinstance(buffer, mmap.mmap):
+            return
         size = len(buffer)
-        if isinstance(buffer, mmap.mmap) and self.kept + size <= MAX_KEPT:
+        if self.kept + size <= MAX_KEPT:
             self._free.setdefault(size, []).append(buffer)
             self.kept += size

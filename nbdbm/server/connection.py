@@ -70,7 +70,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._server = server
         self._socket = sock
         self._loop = asyncio.get_running_loop()
-        self._protocol = ServerProtocol(server.registry)
+        self._protocol = ServerProtocol(server.registry, allocate=server.buffers.take)
         self._transport: asyncio.Transport | None = None
         self._context: Context | None = None
         self._fast: FastPath | None = None
@@ -261,7 +261,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._context = Context(export, self._protocol, self._server.buffers, self._sent)
         events = self._protocol.accept(export.info)
         if self._socket is not None and not self._protocol.traced:
-            self._fast = FastPath(export, self._protocol, self._socket)
+            self._fast = FastPath(export, self._protocol, self._socket, self._server.buffers)
             if self._server.busy_poll:
                 self._poll = BusyPoll(self._socket, self._server.busy_poll)
         return events

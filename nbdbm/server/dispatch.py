@@ -138,6 +138,8 @@ async def _flush(event: Flush, context: Context) -> None:
 async def _write(event: Write, context: Context) -> None:
     fua = bool(event.flags and event.flags & CmdFlag.FUA)
     await context.export.write(event.offset, event.data, fua=fua)
+    # Only now: after a failure somebody may still hold it.
+    context.buffers.give(event.data.obj)
     context.protocol.reply(event.cookie)
 
 

@@ -21,7 +21,9 @@ import socket
 from nbdbm.exports import FILLED, ZEROES, Export
 from nbdbm.nbd.events import Event, Read, Write
 from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.nbd.receiver import SMALL_BODY
 from nbdbm.nbd.transmission import HEAD
+from nbdbm.server.buffers import BufferPool
 
 LARGEST = 1024 * 1024
 """Bytes of the largest read that is carried out here; larger ones would keep the others waiting."""
@@ -49,14 +51,18 @@ class FastPath:
     Args:
         protocol: in transmission.
         sock: where replies go as they are (no TLS); non-blocking.
+        buffers: where those of large payloads go back to.
     """
 
-    __slots__ = ("_replies", "_settle", "_sock", "_try_read", "_try_write")
+    __slots__ = ("_give", "_replies", "_settle", "_sock", "_try_read", "_try_write")
 
-    def __init__(self, export: Export, protocol: ServerProtocol, sock: socket.socket) -> None:
+    def __init__(
+        self, export: Export, protocol: ServerProtocol, sock: socket.socket, buffers: BufferPool
+    ) -> None:
         self._try_read, self._try_write = export.try_read, export.try_write
         self._replies, self._settle = protocol.replies, protocol.settle
         self._sock = sock
+        self._give = buffers.give
 
     def serve(self, events: list[Event]) -> tuple[list[Event], list[Event], bytes]:
         """Carry out what can be done now: (events for the general way, those not looked at, replies unsent).
@@ -102,6 +108,8 @@ class FastPath:
                     left.append(event)
                     continue
                 at += self._replies.pack_done(_arena, at, cookie, offset)
+                if len(data) > SMALL_BODY:
+                    self._give(data.obj)
                 if settle is not None:
                     settle(cookie, offset)
             else:

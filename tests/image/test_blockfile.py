@@ -11,7 +11,7 @@ import pytest
 
 from nbdbm.errors import ImageError
 from nbdbm.image import blockfile
-from nbdbm.image.blockfile import BlockFile, ThreadedFile, fill_zeroes, in_thread
+from nbdbm.image.blockfile import INLINE_WRITE, BlockFile, ThreadedFile, fill_zeroes, in_thread
 
 CONTENT = bytes(range(256)) * 64  # 16 KiB
 
@@ -290,6 +290,38 @@ def test_writing_needs_a_writable_file(path: Path) -> None:
     with pytest.raises(OSError):
         asyncio.run(file.zero(0, 10, punch=True))
     assert path.read_bytes() == CONTENT
+    file.close()
+
+
+def test_one_thread_writes_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is written in the event loop's thread meanwhile: it would wait for the file's lock."""
+    file = ThreadedFile.open(str(path), writable=True)
+    writing = most = 0
+    write = file._pwrite
+
+    def slowly(offset: int, view: memoryview) -> None:
+        nonlocal writing, most
+        writing += 1
+        most = max(most, writing)
+        time.sleep(0.02)
+        write(offset, view)
+        writing -= 1
+
+    monkeypatch.setattr(file, "_pwrite", slowly)
+    parts = [bytes([number]) * (INLINE_WRITE + 1) for number in range(4)]
+
+    async def main() -> None:
+        large = [asyncio.ensure_future(file.pwrite(n * len(part), part)) for n, part in enumerate(parts)]
+        await asyncio.sleep(0.01)
+        assert writing == 1
+        assert not file.try_pwrite(0, memoryview(b"small"))
+        await file.pwrite(4 * len(parts[0]), b"small")
+        await asyncio.gather(*large)
+        assert file.try_pwrite(4 * len(parts[0]) + 5, memoryview(b"er"))
+
+    asyncio.run(main())
+    assert most == 1
+    assert path.read_bytes()[: 4 * len(parts[0]) + 7] == b"".join(parts) + b"smaller"
     file.close()
 
 

@@ -403,6 +403,23 @@ def test_changed_tables_stay_in_the_cache_until_they_are_written() -> None:
     run(work)
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (510, 2), (511, 2), (100, 1500), (0, 8192)])
+def test_a_run_of_changes_marks_every_page_of_it(first: int, count: int) -> None:
+    async def work() -> None:
+        size = 1 << 16
+        at_once, singly = [
+            await opened(Built(size=1 << 29, cluster_bits=16, clusters={0: b"x" * size})) for _ in range(2)
+        ]
+        table, other = await at_once.metadata.table(0), await singly.metadata.table(0)
+        at_once.metadata.changed(first * size, table, count=count)
+        for entry in range(first, first + count):
+            singly.metadata.changed(entry * size, other)
+        assert table.dirty == other.dirty != 0
+        assert table.pinned
+
+    run(work)
+
+
 def test_a_table_dropped_before_its_user_woke_is_not_changed() -> None:
     async def work() -> None:
         parts = await opened(disk())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -50,9 +51,10 @@ def serving(
     *,
     limits: Limits = DEFAULT_LIMITS,
     contexts: bool = True,
+    allocate: Callable[[int], bytearray] = bytearray,
 ) -> ServerProtocol:
     """A protocol in transmission on ``info``, with all of its contexts where there can be any."""
-    protocol = ServerProtocol(ListCatalog(info), limits=limits)
+    protocol = ServerProtocol(ListCatalog(info), limits=limits, allocate=allocate)
     data = CLIENT_FLAGS
     if style is not SIMPLE:
         data += opt(11 if style is EXTENDED else 8)
@@ -247,6 +249,24 @@ def test_a_large_payload_is_received_in_place() -> None:
     view[:] = bytes(4 * MIB - 3)
     (event,) = protocol.buffer_updated(len(view))
     assert isinstance(event, Write) and event.data[:4] == b"abc\0"
+
+
+def test_large_payloads_come_in_the_buffers_given() -> None:
+    given: list[bytearray] = []
+
+    def allocate(length: int) -> bytearray:
+        given.append(bytearray(2 * length))
+        return given[-1]
+
+    protocol = serving(replace(SCRATCH, size=8 * MIB), allocate=allocate)
+    data = request(SIMPLE, Cmd.WRITE, 1, 0, SMALL_BODY, 0, bytes(SMALL_BODY))
+    assert len(protocol.receive_data(data)) == 1 and not given
+    payload = b"x" * (SMALL_BODY + 1)
+    data = request(SIMPLE, Cmd.WRITE, 1, 0, len(payload), 0, payload)
+    assert protocol.receive_data(data[:100]) == []
+    (event,) = protocol.receive_data(data[100:])
+    assert isinstance(event, Write) and event.data == payload
+    assert event.data.obj is given[0] and len(given) == 1
 
 
 def test_events_own_their_payload() -> None:

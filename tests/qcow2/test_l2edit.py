@@ -368,3 +368,36 @@ def test_changes_change_what_they_say_and_nothing_else(what: Setup, data: st.Dat
             assert now[0] in zeroes
         else:
             assert now == was
+
+
+@pytest.mark.parametrize(
+    ("entries", "offset", "length", "count"),
+    [
+        ((), 0, 1, 1),
+        ((), C - 1, 2, 2),
+        ((), 8192 * C - 5, 5, 1),
+        ((COPIED | C,), 0, C, 0),
+        ((COPIED | C,), C, 3 * C, 3),
+        ((0, 0, ZERO), 0, 5 * C, 2),
+        ((0, 0, 1 << 56), 0, 5 * C, 2),
+        ((0, 0, COPIED), C + 7, C, 1),
+    ],
+)
+def test_blank(entries: tuple[int, ...], offset: int, length: int, count: int) -> None:
+    table = words(*entries, count=8192)
+    assert STANDARD.editor.blank(table, offset, length) == count
+
+
+def test_nothing_is_blank_that_has_subclusters() -> None:
+    assert EXTENDED.editor.blank(words(count=8192), 0, 5 * C) == 0
+
+
+@pytest.mark.parametrize("what", (STANDARD, setup(9)))
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (3, 1), (3, 4), (0, 8)])
+def test_link_blank_links_each(what: Setup, first: int, count: int) -> None:
+    size = what.geometry.cluster_size
+    at_once, singly = words(count=8), words(count=8)
+    what.editor.link_blank(at_once, first * size, 9 * size, count)
+    for number in range(count):
+        what.editor.link(singly, (first + number) * size, (9 + number) * size, 0, size)
+    assert at_once == singly

@@ -34,3 +34,10 @@ def test_what_is_kept_is_bounded() -> None:
     for buffer in buffers:
         pool.give(buffer)
     assert pool.kept == MAX_KEPT
+
+
+@pytest.mark.parametrize("other", [bytearray(1 << 20), bytes(1 << 20), None])
+def test_what_is_not_ours_is_dropped(other: object) -> None:
+    pool = BufferPool()
+    pool.give(other)
+    assert pool.kept == 0

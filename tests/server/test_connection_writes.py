@@ -145,3 +145,29 @@ def test_closing_fails(tmp_path: Path) -> None:
         assert image.closes == 1
 
     run(main)
+
+
+@pytest.mark.parametrize("fua", [0, FUA], ids=["fast", "general"])
+def test_buffers_of_payloads_are_used_again(tmp_path: Path, fua: int) -> None:
+    """By the next payload, which is not mixed up with the one before; after a failure they are not."""
+    length = 6 * K64  # more than is received together with the header
+
+    async def main() -> None:
+        image = WritableImage(CONTENT)
+        async with running(image, tmp_path) as (server, path):
+            client = await connected(path)
+            for cookie in range(1, 6):
+                client.send(request(WRITE, cookie, cookie, length, fua) + bytes([cookie]) * length)
+                assert (await client.reply()).error == 0
+                assert length <= server.buffers.kept <= 2 * length
+                client.read(100, 0, length + 10)
+                got = (await client.reply()).data
+                assert got[cookie : cookie + length] == bytes([cookie]) * length
+            image.failures[3] = OSError(EIO, "failed")
+            kept = server.buffers.kept
+            client.send(request(WRITE, 7, 3, length, fua) + bytes(length))
+            assert (await client.reply()).error == EIO
+            assert server.buffers.kept < kept
+            await client.close()
+
+    run(main)
