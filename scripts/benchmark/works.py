@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,12 +116,18 @@ def _status(name: str, title: str, image: str, context: str, bitmaps: tuple[str,
 
 
 def _stop(bench: Bench, contender: Contender) -> Sample:
-    path = bench.images.get("stopping")
-    os.sync()
-    with serve(contender, Serving(path, writable=True)) as running:
-        clients.write_once(running.uri, TIB)
-        peak = running.peak()
-        return Sample(running.stop(), peak=peak)
+    # A fresh copy: the write changes all bitmaps, and where nothing is changed nothing needs to be stored.
+    image = bench.images.get("stopping")
+    path = image.with_suffix(".copy")
+    try:
+        shutil.copyfile(image, path)
+        os.sync()
+        with serve(contender, Serving(path, writable=True)) as running:
+            clients.write_once(running.uri, TIB)
+            peak = running.peak()
+            return Sample(running.stop(), peak=peak)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _start(bench: Bench, contender: Contender) -> Sample:
