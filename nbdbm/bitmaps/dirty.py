@@ -303,21 +303,34 @@ class DirtyBitmap:
         """The ``length`` bytes of the stream from byte ``at`` on; True if every bit of the disk in them is
         set, False if none is. Bits past the disk's end are 0 in bytes, and bytes past it are left out."""
         first, stop = 8 * at, min(8 * (at + length), self.bit_count)
-        parts: list[bitarray | bool] = []
         joined = bitarray(endian="little")
         for index, start, end in self._parts(first, stop):
             segment = self._segments.get(index, False)
-            if isinstance(segment, bitarray):
-                segment = segment[start:end]
-                joined += segment
-            else:
+            whole = end - start == stop - first  # nothing is to be joined, so nothing is copied
+            if isinstance(segment, bool):
+                if whole:
+                    return segment
                 filled = bitarray(end - start, endian="little")
                 filled.setall(segment)
                 joined += filled
-            parts.append(segment)
+            elif whole and end - start == len(segment):
+                joined = segment
+            else:
+                joined += segment[start:end]
         if not joined.any():
             return False
         return True if joined.all() else joined.tobytes()
+
+    def pieces(self, length: int) -> Iterator[int]:
+        """Numbers of the pieces of ``length`` bytes, counted from the stream's start, in which a bit may be
+        set; ascending. In the others none is, and they cost nothing."""
+        bits = 8 * length
+        following = 0
+        for index in sorted(self._segments):
+            first = index << self._segment_shift
+            stop = (first + self._length(index) - 1) // bits + 1
+            yield from range(max(following, first // bits), stop)
+            following = stop
 
     # -- segments ------------------------------------------------------------------------------
 

@@ -291,9 +291,9 @@ class BitmapSaver:
         size = self._store.tracker.size
         count = table_entries(size, bitmap.granularity, self._cluster_size)
         after = await self._write_bits(bitmap.bits, before, count, new)
-        old += [e >> self.header.cluster_bits for e in _places(before) - _places(after)]
         if after == before:
             return entry
+        old += [e >> self.header.cluster_bits for e in _places(before) - _places(after)]
         old += self._span(entry.table_offset, 8 * entry.table_size)
         place = 0
         if after:
@@ -310,16 +310,16 @@ class BitmapSaver:
         """Write the bits that are not as the table ``before`` has them; return the new table."""
         size = self._cluster_size
         total = bitmap_bytes(bits.size, bits.granularity)
-        after: list[int] = []
-        for index in range(count):
+        after = [0] * count
+        for index in bits.pieces(size):
             content = bits.dump(index * size, min(size, total - index * size))
             was = before[index] if index < len(before) else 0
             if isinstance(content, bool):
-                after.append(BITMAP_ALL_ONES if content else 0)
+                after[index] = BITMAP_ALL_ONES if content else 0
             elif was & OFFSET_MASK and await self._file.pread(was & OFFSET_MASK, len(content)) == content:
-                after.append(was)
+                after[index] = was
             else:
-                after.append(await new.write(content.ljust(size, b"\0")))
+                after[index] = await new.write(content.ljust(size, b"\0"))
         return tuple(after)
 
     async def _clusters_of(self, removed: StoredBitmap) -> list[int]:
@@ -370,12 +370,13 @@ class _Clusters:
         self._taken: list[tuple[int, int]] = []
 
     async def write(self, data: bytes) -> int:
-        """Write ``data`` to fresh adjacent clusters: their host offset."""
+        """Write ``data`` to fresh adjacent clusters: their host offset. What it does not fill of the last
+        one is left as it is: nobody reads behind a table or a directory."""
         bits = self._metadata.allocator.cluster_bits
         count = (len(data) + (1 << bits) - 1) >> bits
         offset, _ = await self._metadata.allocator.allocate_exact(count)
         self._taken.append((offset, count))
-        await self._metadata.file.pwrite(offset, data.ljust(count << bits, b"\0"))
+        await self._metadata.file.pwrite(offset, data)
         return offset
 
     async def give_back(self) -> None:

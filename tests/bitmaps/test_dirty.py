@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdbm.bitmaps.dirty import PIECE_MAX, PIECE_MIN, DirtyBitmap
+from nbdbm.bitmaps.dirty import PIECE_MAX, PIECE_MIN, SEGMENT_BITS, DirtyBitmap
 from nbdbm.extents import Extent, ExtentList
 
 GRANULARITY = 512
@@ -230,6 +230,10 @@ def test_load_and_dump(bits: list[bool], segment_bits: int, cluster: int, cut: i
     check(bitmap, model)
     for at in starts:
         stored[at] = bitmap.dump(at, cluster)
+    named = list(bitmap.pieces(cluster))
+    assert named == sorted(set(named))
+    assert {n * cluster for n in named} >= {at for at in starts if stored[at] is not False}
+    assert {n * cluster for n in named} <= set(starts)
     # What was dumped, loaded again in any order, is the same.
     again = DirtyBitmap(model.size, GRANULARITY, segment_bits=64)
     for at, data_or_flag in reversed(stored.items()):
@@ -243,6 +247,16 @@ def test_load_and_dump(bits: list[bool], segment_bits: int, cluster: int, cut: i
             assert data_or_flag == raw[at : at + cluster]
             again.load(at, data_or_flag)
     check(again, model)
+
+
+def test_clean_pieces_are_passed_over() -> None:
+    bitmap = DirtyBitmap(1 << 46, 65536)
+    assert list(bitmap.pieces(4096)) == []
+    for bit in (0, SEGMENT_BITS * 5 + 3, (1 << 30) - 1):
+        bitmap.set(bit * 65536, 1)
+    assert list(bitmap.pieces(SEGMENT_BITS // 8)) == [0, 5, 2047]
+    assert list(bitmap.pieces(SEGMENT_BITS // 4)) == [0, 2, 1023]
+    assert list(bitmap.pieces(SEGMENT_BITS // 16)) == [0, 1, 10, 11, 4094, 4095]
 
 
 def test_bits_past_the_end_are_ignored() -> None:
