@@ -1,6 +1,6 @@
 """``python -m nbdbm``."""
 
-from nbdbm.cli import main
+from nbdbm.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nbdbm.cli import PROGRAM, printable
+from nbdbm.cli import PROGRAM, Ended, printable
 from nbdbm.config import (
     DEFAULT_BUSY_POLL,
     DEFAULT_HOST,
@@ -118,9 +118,7 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: always so.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is said on the wire.")
-@click.pass_context
 def serve(
-    ctx: click.Context,
     image: str,
     socket: str | None,
     bind: str | None,
@@ -171,7 +169,7 @@ def serve(
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format=f"{PROGRAM}: %(message)s", force=True
     )
-    ctx.exit(asyncio.run(run(config, os.environ)))
+    raise Ended(asyncio.run(run(config, os.environ)))
 
 
 async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from nbdbm import __version__
 from nbdbm.cli import COMMANDS, LazyGroup, explain, main, printable
 from nbdbm.errors import ImageError, UsageError
+from tests.cli.test_serve import environment
 
 TIMEOUT = 50
 
@@ -136,3 +138,37 @@ def test_explain_names_both_files() -> None:
     assert explain(OSError(18, "Invalid cross-device link", "from", None, "to")) == (
         "from: to: Invalid cross-device link"
     )
+
+
+class TestProgram:
+    """What the process does once ``serve`` has ended."""
+
+    def run(self, tmp_path: Path, call: str) -> subprocess.CompletedProcess[str]:
+        image = tmp_path / "disk.raw"
+        image.write_bytes(bytes(4096))
+        script = (
+            "import atexit, sys, nbdbm.cli\n"
+            "class Kept:\n"
+            "    def __del__(self):\n"
+            "        print('taken apart')\n"
+            "kept = Kept()\n"
+            "atexit.register(print, 'at exit')\n"
+            "print('before')\n" + call
+        )
+        options = ("-r", "-f", "raw", "--run", "exit 7")
+        return python("-c", script, "serve", *options, str(image), env=environment())
+
+    def test_it_ends_at_once(self, tmp_path: Path) -> None:
+        """With the status, exit handlers and streams as ever, but without taking memory apart."""
+        done = self.run(tmp_path, "nbdbm.cli.program()")
+        assert (done.returncode, done.stdout, done.stderr) == (7, "before\nat exit\n", "")
+
+    def test_whoever_calls_the_command_line_goes_on(self, tmp_path: Path) -> None:
+        call = "try:\n    nbdbm.cli.main()\nexcept SystemExit as ended:\n    print('status', ended.code)"
+        done = self.run(tmp_path, call)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "before\nstatus 7\nat exit\ntaken apart\n"
+
+    def test_nobody_reads_the_output(self, tmp_path: Path) -> None:
+        closed = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1); nbdbm.cli.program()"
+        assert self.run(tmp_path, closed).returncode == 7
