@@ -149,6 +149,7 @@ def serve(contender: Contender, serving: Serving) -> Iterator[Running]:
         path, log = str(place / "s"), place / "log"
         argv = contender.argv(serving, path)
         environment = qemu.environment()
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiles what it installs
         with log.open("wb") as out:
             begin = time.perf_counter()
             process = subprocess.Popen(
