@@ -6,23 +6,22 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapTracker
 from nbdbm.errors import BitmapError, ImageError
 from nbdbm.image.backing import ChainOpener, Confinement, FileOpener, Layer
-from nbdbm.image.bitmapsave import BitmapSaver
 from nbdbm.image.bitmapstore import BitmapStore
 from nbdbm.image.cache import TableCache
-from nbdbm.image.commit import Metadata
-from nbdbm.image.rawwrite import RawWriter
 from nbdbm.image.read import Reader
 from nbdbm.image.status import Column, Run, StatusWalker
-from nbdbm.image.writable import load_metadata, prepare
-from nbdbm.image.write import Writer
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.snapshots import SnapshotEntry
+
+if TYPE_CHECKING:
+    from nbdbm.image.bitmapsave import BitmapSaver
+    from nbdbm.image.commit import Metadata
 
 __all__ = ["Image", "LayerInfo", "OpenOptions", "Run"]
 
@@ -173,6 +172,8 @@ class Image:
             store = None
             if top.header is not None:
                 if writable:
+                    from nbdbm.image.writable import prepare
+
                     await prepare(top, notices)
                 else:
                     notices += _header_notices(path, top.header)
@@ -194,6 +195,12 @@ class Image:
 
     async def _begin_writing(self, options: OpenOptions) -> None:
         """Become writable: from here on the disk says IN_USE of every bitmap that claims to be true."""
+        # Imported when something is to be written: what only reads starts sooner.
+        from nbdbm.image.bitmapsave import BitmapSaver
+        from nbdbm.image.rawwrite import RawWriter
+        from nbdbm.image.writable import load_metadata
+        from nbdbm.image.write import Writer
+
         top = self._layers[0]
         self._discard = options.discard
         self._detect_zeroes = options.detect_zeroes
@@ -247,6 +254,8 @@ class Image:
             for file in files:
                 file.reopen(writable=True)
             if self._store is not None:
+                from nbdbm.image.writable import prepare
+
                 top = self._layers[0]
                 await prepare(top, self.notices)
                 assert top.header is not None

@@ -11,7 +11,6 @@ from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile
 from nbdbm.image.cache import TableCache
 from nbdbm.image.commit import Metadata
-from nbdbm.image.repair import rebuild_refcounts
 from nbdbm.qcow2.constants import KNOWN_AUTOCLEAR, AutoclearFeature
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.headeredit import plan
@@ -65,6 +64,8 @@ async def prepare(layer: Layer, notices: list[str]) -> None:
         )
     if header.dirty:
         # Lazy refcounts, and whoever wrote last did not get to updating them: counted anew.
+        from nbdbm.image.repair import rebuild_refcounts  # with all of the check; rarely needed
+
         header = await rebuild_refcounts(layer.file, header)
         notices.append(f"{layer.path}: was not closed cleanly (dirty bit): its refcounts have been rebuilt")
     unknown = header.unknown_autoclear
