@@ -126,6 +126,12 @@ class DirtyBitmap:
             else:
                 ours |= theirs  # type: ignore[operator]
 
+    def absorb(self, other: DirtyBitmap) -> None:
+        """``merge`` for an ``other`` of the same shape that nobody uses any more: its bits are not copied."""
+        assert other.granularity == self.granularity and other.segment_bits == self.segment_bits
+        self._segments, other._segments = other._segments, self._segments
+        self.merge(other)
+
     def copy(self) -> DirtyBitmap:
         """An independent bitmap with the same bits."""
         twin = DirtyBitmap(self.size, self.granularity, segment_bits=self.segment_bits)

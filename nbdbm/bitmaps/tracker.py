@@ -222,11 +222,18 @@ class BitmapTracker:
     def mark(self, offset: int, length: int) -> None:
         """Record that the range is about to change; called before it can.
 
-        Every bitmap that must record was armed and its bits were loaded before: asserted.
+        Every bitmap that must record was armed before, and has bits to record in: asserted.
         """
         assert not self._unarmed, "a write before the bitmaps were armed"
         for record in self._recording:
             record(offset, length)
+
+    def begin(self, *bitmaps: TrackedBitmap) -> None:
+        """Have these record in new, clean bits; what the disk has of them is added to those later."""
+        for bitmap in bitmaps:
+            assert bitmap.usable and bitmap.bits is None
+            bitmap.bits = DirtyBitmap(self.size, bitmap.granularity)
+        self._refresh()
 
     @property
     def recording(self) -> bool:

@@ -4,7 +4,7 @@ A bitmap's entry says IN_USE on disk from before the first write until its bits 
 the moment of a crash, a bitmap that calls itself consistent has missed nothing:
 
     arm      flags of each consistent entry rewritten in place, 4 bytes in one sector; one sync
-    ...      writes; bits change in RAM only
+    ...      writes; bits change in RAM only, while what is stored is loaded (bitmapstore.py) and added
     store    changed bits to fresh clusters, new tables, a new directory without IN_USE; sync
              the header leads to the new directory: 8 bytes in one sector; sync
              the old ones are freed
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapState, Step, TrackedBitmap
-from nbdbm.errors import ImageError
+from nbdbm.errors import BitmapError, ImageError
 from nbdbm.image.bitmapstore import BitmapStore, StoredBitmap
 from nbdbm.image.commit import Metadata
 from nbdbm.image.writable import rewrite_header
@@ -98,16 +98,6 @@ class BitmapSaver:
         await self._metadata.sync()
         self._store.replace([changed.get(id(s), s) for s in self._store.stored])
 
-    async def load_recording(self) -> None:
-        """Load the bits of all bitmaps that must record; a write asserts that they are there.
-
-        Raises:
-            BitmapError: the bits of one cannot be read.
-        """
-        for bitmap in list(self._store.tracker):
-            if bitmap.enabled and bitmap.usable:
-                await self._store.bits(bitmap.name)
-
     # -- store ---------------------------------------------------------------------------------
 
     async def store(self) -> None:
@@ -119,12 +109,35 @@ class BitmapSaver:
             OSError, ImageError: a write or sync failed, or there is no space.
         """
         tracker = self._store.tracker
+        failure = await self._complete()
         saving = [b for b in tracker if b.state in (BitmapState.IN_USE, BitmapState.NEW)]
         staged = await self._stage(saving, only_flags=True)
         if staged is not None:
             await self.switch(staged)
             await self.free(staged)
         tracker.apply(Step.STORE, *saving)
+        if failure is not None:
+            raise failure
+
+    async def _complete(self) -> ImageError | None:
+        """Load what the disk has of each bitmap in which something was marked since; where that fails, the
+        bitmap stays IN_USE on disk, and the first failure is returned."""
+        failure: ImageError | None = None
+        for bitmap in list(self._store.tracker):
+            if self._unmarked(bitmap) or self._store.complete(bitmap):
+                continue
+            try:
+                await self._store.bits(bitmap.name)
+            except BitmapError as error:
+                reason = f"what it held before could not be loaded: {error}"
+                self._store.tracker.apply(Step.LOSE, bitmap, reason=reason)
+                what = f"{error}; it stays marked as in use, the data is safe"
+                failure = failure or ImageError(self._file.path, what, errno=error.errno)
+        return failure
+
+    def _unmarked(self, bitmap: TrackedBitmap) -> bool:
+        """Whether what the disk has of the bitmap is all there is: nothing was loaded, and nothing marked."""
+        return bitmap.bits is None or not (self._store.complete(bitmap) or bitmap.bits.any())
 
     async def stage(self, changed: Iterable[TrackedBitmap] = ()) -> Staged | None:
         """Write all that a directory of the tracker's bitmaps needs, durably; nothing leads to it yet.
@@ -279,9 +292,9 @@ class BitmapSaver:
             extra,
             bitmap.name.encode(),
         )
-        if bitmap.bits is None:
+        if bitmap.bits is None or self._unmarked(bitmap):
             assert stored is not None, "a new bitmap has its bits in memory"
-            return entry  # never loaded, so never changed
+            return entry
         before: tuple[int, ...] = ()
         if stored is not None:
             before = await self._read_table(entry)

@@ -18,7 +18,8 @@ import asyncio
 import logging
 import struct
 from collections import OrderedDict
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import (
@@ -90,6 +91,9 @@ class BitmapStore:
         self._entries: dict[TrackedBitmap, DirectoryEntry] = {}
         self._loads: dict[TrackedBitmap, asyncio.Task[DirtyBitmap]] = {}
         self._load_lock = asyncio.Lock()
+        self._partial: dict[TrackedBitmap, None] = {}
+        """Bitmaps whose bits in memory are what was marked since ``record``, without what the disk has."""
+        self._background: asyncio.Task[None] | None = None
         self._recent: OrderedDict[TrackedBitmap, int] = OrderedDict()
         """Loaded bitmaps that may be dropped -> bytes in memory; the least recently used first."""
 
@@ -196,6 +200,9 @@ class BitmapStore:
 
     def reopen_read_only(self) -> None:
         """Become read-only; every bitmap has been stored."""
+        for bitmap in self._partial:
+            bitmap.bits = None  # nothing was marked, or it would have been loaded to be stored
+        self._partial.clear()
         self.tracker.apply(Step.REOPEN_READ_ONLY, *self.tracker)
 
     def replace(self, stored: list[StoredBitmap]) -> None:
@@ -212,6 +219,27 @@ class BitmapStore:
 
     # -- the bits ------------------------------------------------------------------------------
 
+    def record(self) -> None:
+        """Let all enabled bitmaps record from now on, and load in the background what the disk has of them.
+
+        Serving waits for none of it: writes are marked in bits of their own, which the loaded ones are
+        merged with. Until then ``bits`` waits; what cannot be loaded is neither shown nor stored.
+        """
+        beginning = [b for b in self.tracker if b.enabled and b.usable and b.bits is None]
+        self.tracker.begin(*beginning)
+        self._partial.update(dict.fromkeys(beginning))
+        if beginning:
+            self._background = asyncio.create_task(self._load_all(beginning), name="load bitmaps")
+
+    async def _load_all(self, bitmaps: list[TrackedBitmap]) -> None:
+        for bitmap in bitmaps:
+            with suppress(BitmapError):  # whoever needs the bits tries again, and is told
+                await self.bits(bitmap.name)
+
+    def complete(self, bitmap: TrackedBitmap) -> bool:
+        """Whether the bits in memory, if any, are all of them."""
+        return bitmap not in self._partial
+
     async def bits(self, name: str) -> DirtyBitmap:
         """The bits of this bitmap, loaded on first need; concurrent callers share one load.
 
@@ -219,7 +247,7 @@ class BitmapStore:
             BitmapError: there is none of this name, it was refused, or its bits cannot be read.
         """
         bitmap = self.tracker.find(name)
-        if bitmap.bits is not None:
+        if bitmap.bits is not None and bitmap not in self._partial:
             if bitmap in self._recent:
                 self._recent.move_to_end(bitmap)
             return bitmap.bits
@@ -248,7 +276,8 @@ class BitmapStore:
             try:
                 table, refusal = await self._read_table(entry)
                 if refusal is not None:
-                    self.tracker.apply(Step.LOSE, bitmap, reason=refusal)
+                    if bitmap not in self._partial:  # those are lost when they cannot be stored
+                        self.tracker.apply(Step.LOSE, bitmap, reason=refusal)
                     raise BitmapError(bitmap.name, refusal)
                 bits = await self._read_bits(entry, table)
             except OSError as error:
@@ -256,6 +285,12 @@ class BitmapStore:
                 failure = BitmapError(bitmap.name, f"reading it failed: {error}")
                 failure.errno = error.errno or failure.errno
                 raise failure from error
+            if bitmap in self._partial:
+                # Nothing is awaited here: no mark can fall between the two.
+                assert bitmap.bits is not None
+                bitmap.bits.absorb(bits)
+                del self._partial[bitmap]
+                return bitmap.bits
             bitmap.bits = bits
             if bitmap.state is BitmapState.READ_ONLY:
                 self._recent[bitmap] = bits.memory()
@@ -270,6 +305,7 @@ class BitmapStore:
                 bits.load_ones(at, length)
             else:
                 bits.load(at, await self._file.pread(host, length))
+                await asyncio.sleep(0)  # what the page cache has waits for nothing: others get their turn
         return bits
 
     def _shrink(self) -> None:
@@ -282,7 +318,9 @@ class BitmapStore:
 
     async def close(self) -> None:
         """Stop whatever is being loaded; those who wait for it get a BitmapError."""
-        tasks = list(self._loads.values())
+        tasks: list[asyncio.Task[Any]] = list(self._loads.values())
+        if self._background is not None:
+            tasks.append(self._background)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

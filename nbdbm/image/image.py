@@ -210,8 +210,8 @@ class Image:
             assert self._store is not None
             metadata = await load_metadata(top, self._cache, punch=options.discard)
             saver = BitmapSaver(self._store, metadata, top.header)
-            await saver.load_recording()
             await saver.arm()
+            self._store.record()
             self.header = top.header = saver.header
             self._metadata = metadata
             self._saver = saver

@@ -249,6 +249,20 @@ def test_load_and_dump(bits: list[bool], segment_bits: int, cluster: int, cut: i
     check(again, model)
 
 
+def test_absorbing_is_merging() -> None:
+    ours, theirs = DirtyBitmap(1 << 20, 512, segment_bits=64), DirtyBitmap(1 << 20, 512, segment_bits=64)
+    for bitmap, ranges in (
+        (ours, [(0, 1), (40960, 70000)]),
+        (theirs, [(512, 1), (100000, 4), (1 << 19, 99999)]),
+    ):
+        for offset, length in ranges:
+            bitmap.set(offset, length)
+    wanted = ours.copy()
+    wanted.merge(theirs)
+    ours.absorb(theirs)
+    assert list(ours.runs(0, 1 << 20)) == list(wanted.runs(0, 1 << 20))
+
+
 def test_clean_pieces_are_passed_over() -> None:
     bitmap = DirtyBitmap(1 << 46, 65536)
     assert list(bitmap.pieces(4096)) == []
