@@ -2,6 +2,7 @@
 
     python -m scripts.bench                      everything (about a quarter of an hour)
     python -m scripts.bench --quick randread     one work, a few seconds
+    python -m scripts.bench --profile randread   where its time goes
     python -m scripts.bench --also "old=/elsewhere/.venv/bin/nbdbm" randread
 
 A benchmark, not a test: its status is 0 whoever wins. Needs qemu-utils, libnbd-bin, python3-libnbd and fio;
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ if str(ROOT) not in sys.path:
 
 from scripts.benchmark import images, servers  # noqa: E402
 from scripts.benchmark.clients import ClientFailed  # noqa: E402
-from scripts.benchmark.report import Result, machine, number, table  # noqa: E402
+from scripts.benchmark.profiles import profile  # noqa: E402
+from scripts.benchmark.report import Result, machine, number, stamp, table  # noqa: E402
 from scripts.benchmark.servers import CannotServe, Contender  # noqa: E402
 from scripts.benchmark.works import WORKS, Bench, Work  # noqa: E402
 
-TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "nbdcopy")
+TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "nbdcopy", "fincore")
+
+FAILURES = (CannotServe, ClientFailed, images.NotEvicted)
+"""What ends one contender's part in one work."""
 
 FRESH_SPACE = 4 * images.GIB
 """Bytes that a work on a fresh image writes at most, at scale 1."""
@@ -80,10 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench: {too_little}", file=sys.stderr)
             return 1
         began = time.time()
-        results = run(plan, place, keep=options.dir is not None)
-    _show(results, [contender.name for contender in plan.contenders])
+        if options.profile:
+            document = {"date": stamp(began), "machine": machine(), "profiles": profiles(plan, place)}
+        else:
+            results = run(plan, place, keep=options.dir is not None)
+            document = _document(plan, results, began)
+            _show(results, [contender.name for contender in plan.contenders])
     if options.json is not None:
-        options.json.write_text(json.dumps(_document(plan, results, began), indent=1) + "\n")
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
@@ -102,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--dir", type=Path, metavar="DIR", help="keep the images here, and use those that are there")
     add("--peers", default="", metavar="TEXT", help="only the peers whose name has TEXT in it")
     add("--also", action="append", default=[], type=_also, metavar="NAME=CMD", help="another build of nbdbm")
+    add(
+        "--profile",
+        action="store_true",
+        help="where the time goes instead: user, kernel, system calls per operation",
+    )
     add("--limit", action="store_true", help="nbdkit's memory plugin too: what client and machine allow")
     return parser
 
@@ -176,6 +190,24 @@ def run(plan: Plan, place: Path, *, keep: bool) -> list[Result]:
     return results
 
 
+def profiles(plan: Plan, place: Path) -> list[dict[str, Any]]:
+    """Profile every work; what cannot be is named."""
+    bench = Bench(images.Images(place, plan.scale), plan.seconds)
+    found: list[dict[str, Any]] = []
+    for work in plan.works:
+        for contender in plan.contenders:
+            if contender.limit and not work.fio:
+                continue
+            try:
+                one = profile(bench, replace(bench, count_calls=True), work, contender)
+            except FAILURES as error:
+                print(f"{work.name:16}{contender.name}: {error}", flush=True)
+                continue
+            print(one, flush=True)
+            found.append(one.as_dict())
+    return found
+
+
 def _measure(bench: Bench, result: Result, contender: Contender) -> None:
     """One round of one contender; the first failure ends its part in this work."""
     if contender.limit and not result.work.fio:
@@ -184,7 +216,7 @@ def _measure(bench: Bench, result: Result, contender: Contender) -> None:
         return
     try:
         result.add(contender.name, result.work.measure(bench, contender))
-    except (CannotServe, ClientFailed) as error:
+    except FAILURES as error:
         result.skipped[contender.name] = str(error)
         result.samples.pop(contender.name, None)
 
@@ -217,7 +249,7 @@ def _show(results: Sequence[Result], order: Sequence[str]) -> None:
 
 def _document(plan: Plan, results: Sequence[Result], began: float) -> dict[str, Any]:
     return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "date": stamp(began),
         "seconds_taken": round(time.time() - began, 1),
         "machine": machine(),
         "load_average": os.getloadavg()[0],

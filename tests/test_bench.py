@@ -201,7 +201,7 @@ def test_accounts_of_a_process_and_its_children(tmp_path: Path) -> None:
     with servers.serve(contender, servers.Serving(tmp_path)) as running:
         assert running.start_time > 0
         # What the child uses, the parent does not: without the child this would never end.
-        while running.cpu() < 0.1 or running.rss() < 50_000_000:
+        while running.cpu().total < 0.1 or running.rss() < 50_000_000:
             os.sched_yield()
         assert running.rss() <= running.peak()
     assert not Path(running.socket).exists()

@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from tests.support import qemu
 SCRIPT = Path(__file__).resolve().parent / "libnbd_client.py"
 TIMEOUT = 600.0
 """Seconds for one run of a client."""
+
+MOST_PROCESSES = 16
+"""fio's jobs are threads where there are more: starting hundreds of processes is work of its own."""
 
 
 class ClientFailed(Exception):
@@ -36,6 +39,10 @@ class Load:
     """Percentage of reads where ``rw`` is both."""
     amount: int | None = None
     """Bytes per job after which it ends, whatever the time is."""
+    offset: int = 0
+    """Where on the disk it begins, bytes."""
+    size: int | None = None
+    """How much of the disk it uses, bytes; None for all that follows."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,12 @@ def fio(uri: str, load: Load, seconds: float) -> FioResult:
     ]  # fmt: skip
     if load.mix is not None:
         words.append(f"--rwmixread={load.mix}")
+    if load.offset:
+        words.append(f"--offset={load.offset}")
+    if load.size is not None:
+        words.append(f"--size={load.size}")
+    if load.jobs > MOST_PROCESSES:
+        words.append("--thread")
     words.append("--time_based" if load.amount is None else f"--io_size={load.amount}")
     return FioResult.parse(_run(words))
 
@@ -101,16 +114,25 @@ def block_status(uri: str, context: str) -> dict[str, float]:
     return answer
 
 
-def write_once(uri: str, offset: int) -> None:
-    """One write of 4 KiB and a flush."""
-    _run(_script("write", uri, str(offset)))
+def write_once(uri: str, offset: int) -> float:
+    """One write of 4 KiB and a flush; return seconds."""
+    return float(json.loads(_run(_script("write", uri, str(offset))))["seconds"])
+
+
+def idle_connections(uri: str, count: int) -> AbstractContextManager[None]:
+    """``count`` connections that have negotiated and say nothing more, until the block ends."""
+    return _held("idle", uri, count)
+
+
+def stalled_connections(uri: str, count: int) -> AbstractContextManager[None]:
+    """``count`` connections that have asked for 16 MiB each and take no reply, until the block ends."""
+    return _held("stall", uri, count)
 
 
 @contextmanager
-def idle_connections(uri: str, count: int) -> Iterator[None]:
-    """``count`` connections that have negotiated and say nothing more, until the block ends."""
+def _held(what: str, uri: str, count: int) -> Iterator[None]:
     with subprocess.Popen(
-        _script("idle", uri, str(count)),
+        _script(what, uri, str(count)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

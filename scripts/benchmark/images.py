@@ -6,6 +6,7 @@ of data, and the counts of extents and tables with them; the disks that are not 
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -28,6 +29,10 @@ TIMEOUT = 600.0
 RECORDING = ("daily", "weekly", "monthly")
 STOPPING = tuple(f"bitmap{number:02}" for number in range(20))
 SPECKLES = "speckles"
+
+
+class NotEvicted(Exception):
+    """A file stays in the page cache, so nothing can be said of reads that miss it."""
 
 
 class Images:
@@ -56,10 +61,20 @@ class Images:
         """The image of this name, with all its files in the page cache if they are to be read."""
         path = self.get(name)
         if name in READ:
-            layers = (self.place / f"{name}-{self.scale}").glob("*") if name == "chain" else ()
-            for file in (path, *layers):
+            for file in self._files(name):
                 warm(file)
         return path
+
+    def cold(self, name: str) -> Path:
+        """The image of this name, with none of its files in the page cache. Raises NotEvicted."""
+        path = self.get(name)
+        for file in self._files(name):
+            evict(file)
+        return path
+
+    def _files(self, name: str) -> list[Path]:
+        layers = (self.place / f"{name}-{self.scale}").glob("*") if name == "chain" else ()
+        return [self.place / f"{name}-{self.scale}.qcow2", *layers]
 
     def fresh(self, size: int) -> Path:
         """An empty image for a work that allocates; the one before is gone."""
@@ -79,11 +94,11 @@ class Images:
 
     def data(self, path: Path) -> None:
         """2 GiB, every cluster of it in the file."""
-        self._filled(path, 2 * GIB // self.scale)
+        self.filled(path, 2 * GIB // self.scale)
 
     def recording(self, path: Path) -> None:
         """1 GiB, every cluster of it in the file, three bitmaps that record."""
-        self._filled(path, GIB // self.scale)
+        self.filled(path, GIB // self.scale)
         for name in RECORDING:
             add_bitmap(path, name)
 
@@ -95,11 +110,11 @@ class Images:
 
     def zlib(self, path: Path) -> None:
         """512 MiB, compressed to about a half."""
-        self._filled(path, GIB // 2 // self.scale, "-c", "-o", "compression_type=zlib")
+        self.filled(path, GIB // 2 // self.scale, "-c", "-o", "compression_type=zlib")
 
     def zstd(self, path: Path) -> None:
         """The same with the other method."""
-        self._filled(path, GIB // 2 // self.scale, "-c", "-o", "compression_type=zstd")
+        self.filled(path, GIB // 2 // self.scale, "-c", "-o", "compression_type=zstd")
 
     def chain(self, path: Path) -> None:
         """1 GiB in five layers: a full base, and each other one with a fifth of the clusters."""
@@ -107,7 +122,7 @@ class Images:
         layers = self.place / f"chain-{self.scale}"
         layers.mkdir(exist_ok=True)
         below = layers / "layer0.qcow2"
-        self._filled(below, size)
+        self.filled(below, size)
         for number in range(1, 5):
             layer = path if number == 4 else layers / f"layer{number}.qcow2"
             SYSTEM.img("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", layer)
@@ -143,7 +158,7 @@ class Images:
         count = 8192 // self.scale
         qemu_io(path, (f"write -q -P 9 {i * (16 * TIB // count)} {CLUSTER}" for i in range(count)))
 
-    def _filled(self, path: Path, size: int, *options: str) -> None:
+    def filled(self, path: Path, size: int, *options: str) -> None:
         """``size`` bytes that compress to about a half, by qemu-img convert."""
         raw = path.with_suffix(".raw")
         rng = random.Random(size)
@@ -195,9 +210,9 @@ SPACE: dict[str, int] = {
 """Bytes of the host's disk that making an image takes at most, at scale 1."""
 
 
-def create(path: Path, size: int) -> None:
+def create(path: Path, size: int, *options: str) -> None:
     """An empty image."""
-    SYSTEM.img("create", "-q", "-f", "qcow2", path, size)
+    SYSTEM.img("create", "-q", "-f", "qcow2", *options, path, size)
 
 
 def add_bitmap(path: Path, name: str) -> None:
@@ -228,6 +243,18 @@ def warm(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
+
+
+def evict(path: Path) -> None:
+    """Have a file out of the page cache. Raises NotEvicted if more than a hundredth of it stays."""
+    with path.open("rb") as file:
+        # Only what is on the disk can be dropped.
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    words = ["fincore", "--noheadings", "--bytes", "--output", "RES", str(path)]
+    stays = int(subprocess.run(words, check=True, capture_output=True, timeout=TIMEOUT).stdout)
+    if stays > path.stat().st_size // 100:
+        raise NotEvicted(f"{stays / MIB:.0f} MiB of {path.name} stay in the page cache")
 
 
 def _page(rng: random.Random) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +79,13 @@ class Result:
                 for name, samples in self.samples.items()
             },
             "skipped": self.skipped,
+            "limits": sorted(self.limits),
         }
+
+
+def stamp(moment: float) -> str:
+    """A time since the epoch, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def machine() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.support import qemu
 
@@ -62,6 +63,17 @@ class Contender:
     """Serves memory and knows no images: shows what client and machine can do at most."""
 
 
+class Processor(NamedTuple):
+    """Processor time, seconds."""
+
+    user: float
+    system: float
+
+    @property
+    def total(self) -> float:
+        return self.user + self.system
+
+
 @dataclass
 class Running:
     """A server that accepts connections."""
@@ -76,17 +88,18 @@ class Running:
     def uri(self) -> str:
         return f"nbd+unix:///?socket={self.socket}"
 
-    def cpu(self) -> float:
-        """Processor seconds so far, of the process and its living children."""
-        return sum(_cpu_ticks(pid) for pid in self._pids()) / TICK
+    def cpu(self) -> Processor:
+        """Processor time so far, of the process and its living children."""
+        ticks = [_cpu_ticks(pid) for pid in self.pids()]
+        return Processor(sum(user for user, _ in ticks) / TICK, sum(system for _, system in ticks) / TICK)
 
     def rss(self) -> int:
         """Resident memory now, bytes."""
-        return sum(_memory(pid, "VmRSS") for pid in self._pids())
+        return sum(_memory(pid, "VmRSS") for pid in self.pids())
 
     def peak(self) -> int:
         """Greatest resident memory so far, bytes."""
-        return sum(_memory(pid, "VmHWM") for pid in self._pids())
+        return sum(_memory(pid, "VmHWM") for pid in self.pids())
 
     def stop(self) -> float:
         """End it by SIGTERM and wait; return the seconds that took. Raises CannotServe if it went wrong."""
@@ -103,13 +116,14 @@ class Running:
                 self.process.kill()
                 self.process.wait()
                 raise CannotServe(f"did not end in {STOP_TIMEOUT:g} s after SIGTERM")
-        status = self.process.wait()
         took = time.perf_counter() - begin
+        status = self.process.wait()
         if status not in (0, -signal.SIGTERM):
             raise CannotServe(f"ended with status {status}: {last_line(self.log)}")
         return took
 
-    def _pids(self) -> list[int]:
+    def pids(self) -> list[int]:
+        """The process and its living children."""
         found = [self.process.pid]
         for pid in found:
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -117,10 +131,10 @@ class Running:
         return found
 
 
-def _cpu_ticks(pid: int) -> int:
+def _cpu_ticks(pid: int) -> tuple[int, int]:
     # Field 2 is the command in parentheses and may hold anything; 14 and 15 are utime and stime.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    return int(fields[11]), int(fields[12])
 
 
 def _memory(pid: int, field: str) -> int:
@@ -232,9 +246,15 @@ def nbdkit_memory() -> Contender:
 
 def peers() -> list[Contender]:
     """Every qemu-nbd there is, with its default way of reading files and with io_uring."""
-    found: list[Contender] = []
-    for tools, missing in ((qemu.SYSTEM, shutil.which("qemu-nbd") is None), (qemu.newer(), None)):
-        if qemu.newer_missing() if missing is None else missing:
-            continue
-        found += [qemu_nbd(tools), qemu_nbd(tools, "--aio=io_uring")]
-    return found
+    return [qemu_nbd(tools, *options) for tools in _generations() for options in ((), ("--aio=io_uring",))]
+
+
+def newest_peer() -> Contender | None:
+    """The newest qemu-nbd as it comes."""
+    tools = _generations()
+    return qemu_nbd(tools[-1]) if tools else None
+
+
+def _generations() -> list[qemu.Tools]:
+    system = [] if shutil.which("qemu-nbd") is None else [qemu.SYSTEM]
+    return system + ([] if qemu.newer_missing() else [qemu.newer()])

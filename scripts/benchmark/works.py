@@ -6,11 +6,14 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from scripts.benchmark import clients
 from scripts.benchmark.clients import Load
 from scripts.benchmark.images import GIB, KIB, MIB, SPECKLES, STOPPING, TIB, Images
+from scripts.benchmark.profiles import counted_calls
 from scripts.benchmark.servers import Contender, Running, Serving, serve
 from scripts.benchmark.stats import Better, Sample
 
@@ -20,6 +23,12 @@ STARTS = 5
 IDLE = 256
 """Connections that do nothing."""
 
+STALLED = 16
+"""Connections that take no replies."""
+
+COLD_AMOUNT = 192 * MIB
+"""Bytes that a cold read takes of its 2 GiB: few enough that hardly any page is met twice."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -28,6 +37,8 @@ class Bench:
     images: Images
     seconds: float
     """How long fio puts on its load."""
+    count_calls: bool = False
+    """Whether to count the server's system calls, which makes it slower."""
 
     @property
     def scale(self) -> int:
@@ -53,11 +64,19 @@ class Work:
     """Only the load matters: servers of memory can take part."""
 
 
-def _client(running: Running, run: Callable[[], Sample]) -> Sample:
+def _client(bench: Bench, running: Running, run: Callable[[], Sample]) -> Sample:
     """Run a client and add what it cost the server."""
-    before = running.cpu()
-    sample = run()
-    return Sample(sample.value, running.cpu() - before, sample.ops, running.peak(), sample.extra)
+    watching: AbstractContextManager[dict[str, int]] = nullcontext({})
+    if bench.count_calls:
+        watching = counted_calls(running.pids())
+    with watching as calls:
+        before = running.cpu()
+        sample = run()
+        after = running.cpu()
+    extra = {"user": after.user - before.user, "system": after.system - before.system}
+    extra |= {f"call:{name}": count for name, count in calls.items()}
+    cpu = after.total - before.total
+    return Sample(sample.value, cpu, sample.ops, running.peak(), {**sample.extra, **extra})
 
 
 def _fio(
@@ -85,9 +104,55 @@ def _fio(
             return Sample(value, ops=result.ops, extra={"p99": result.p99})
 
         with serve(contender, Serving(path, writable, size=2 * GIB)) as running:
-            return _client(running, lambda: run(running))
+            return _client(bench, running, lambda: run(running))
 
     return Work(name, title, "IOPS" if small else "MB/s", Better.HIGHER, measure, image, goal, fio=True)
+
+
+def _cold(bench: Bench, contender: Contender) -> Sample:
+    """The same reads for everyone, none of them in the page cache; a scaled image is used as far."""
+    load = Load("randread", 4 * KIB, 32, amount=COLD_AMOUNT // bench.scale)
+    path = bench.images.cold("data")
+    with serve(contender, Serving(path)) as running:
+
+        def run() -> Sample:
+            result = clients.fio(running.uri, load, 4 * bench.seconds)
+            return Sample(result.iops, ops=result.ops, extra={"p99": result.p99})
+
+        return _client(bench, running, run)
+
+
+def _cold_hits(bench: Bench, contender: Contender) -> Sample:
+    """What one connection gets of the warm first eighth while another reads the cold rest."""
+    size = 2 * GIB // bench.scale // 8
+    hits = Load("randread", 4 * KIB, 1, size=size)
+    misses = Load("randread", 4 * KIB, 32, offset=size)
+    path = bench.images.cold("data")
+    with serve(contender, Serving(path)) as running, ThreadPoolExecutor(1) as beside:
+        clients.fio(running.uri, Load("read", MIB, 4, amount=size, size=size), 60)
+
+        def run() -> Sample:
+            other = beside.submit(clients.fio, running.uri, misses, bench.seconds)
+            result = clients.fio(running.uri, hits, bench.seconds)
+            missed = other.result()
+            extra = {"p99": result.p99, "cold": missed.iops}
+            return Sample(result.iops, ops=result.ops + missed.ops, extra=extra)
+
+        return _client(bench, running, run)
+
+
+def _slow_clients(bench: Bench, contender: Contender) -> Sample:
+    path = bench.images.warm("data")
+    with (
+        serve(contender, Serving(path, connections=STALLED + 8)) as running,
+        clients.stalled_connections(running.uri, STALLED),
+    ):
+
+        def run() -> Sample:
+            result = clients.fio(running.uri, Load("randread", 4 * KIB, 16), bench.seconds)
+            return Sample(result.iops, ops=result.ops, extra={"p99": result.p99})
+
+        return _client(bench, running, run)
 
 
 def _copy(name: str, title: str, image: str) -> Work:
@@ -95,7 +160,7 @@ def _copy(name: str, title: str, image: str) -> Work:
         path = bench.images.warm(image)
         os.sync()
         with serve(contender, Serving(path)) as running:
-            return _client(running, lambda: Sample(clients.nbdcopy(running.uri)))
+            return _client(bench, running, lambda: Sample(clients.nbdcopy(running.uri)))
 
     return Work(name, title, "s", Better.LOWER, measure, image, goal=1.3)
 
@@ -110,7 +175,7 @@ def _status(name: str, title: str, image: str, context: str, bitmaps: tuple[str,
             return Sample(found["seconds"], ops=int(found["extents"]), extra=found)
 
         with serve(contender, Serving(path, bitmaps=bitmaps)) as running:
-            return _client(running, lambda: run(running))
+            return _client(bench, running, lambda: run(running))
 
     return Work(name, title, "s", Better.LOWER, measure, image, goal=1.2)
 
@@ -137,7 +202,7 @@ def _start(bench: Bench, contender: Contender) -> Sample:
     for _ in range(STARTS):
         with serve(contender, Serving(path, bitmaps=STOPPING)) as running:
             times.append(running.start_time)
-            cpu, peak = running.cpu(), running.peak()
+            cpu, peak = running.cpu().total, running.peak()
     return Sample(statistics.median(times), cpu, 1, peak)
 
 
@@ -164,6 +229,12 @@ WORKS: tuple[Work, ...] = (
     _fio("read-1m", "1 MiB sequential read, depth 8", 2.0, Load("read", MIB, 8)),
     _fio("read-256k", "256 KiB sequential read, depth 4", 1.1, Load("read", 256 * KIB, 4)),
     _copy("copy", "nbdcopy of 2 GiB data", "data"),
+    Work("slow-clients", f"4 KiB random read, depth 16, beside {STALLED} that take no replies", "IOPS",
+         Better.HIGHER, _slow_clients, "data", goal=1.0),
+    Work("cold", "4 KiB random read, depth 32, not in the page cache", "IOPS", Better.HIGHER, _cold,
+         "data", goal=1.0),
+    Work("cold-hits", "4 KiB random read in the page cache, depth 1, beside cold at depth 32", "IOPS",
+         Better.HIGHER, _cold_hits, "data", goal=1.0),
     _fio(
         "randwrite", "4 KiB random write in place, depth 16, three bitmaps", 2.0,
         Load("randwrite", 4 * KIB, 16), "recording", writable=True,
