@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP  := $(VENV)/.installed-dev
 
-.PHONY: help demo test unit interop peers bench lint format types clean
+.PHONY: help demo test unit interop peers bench growth bench-doc lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -38,6 +38,14 @@ peers:
 ## make bench     beside qemu-nbd: times, memory; BENCH_ARGS="--quick randread" for less, --help for more
 bench: $(DEV_STAMP) peers
 	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+## make growth    how costs grow: disk size, bitmaps, extents, connections (into docs/performance)
+growth: $(DEV_STAMP) peers
+	$(BIN)/python -m scripts.benchmark.growth --json docs/performance/growth.json
+
+## make bench-doc the figures in docs/performance.md, from the results in docs/performance
+bench-doc: $(DEV_STAMP)
+	$(BIN)/python -m scripts.benchmark.document
 
 ## make lint      style, import layers, twin tests, the README's tree
 lint: $(DEV_STAMP)

@@ -1,6 +1,6 @@
 """nbdbm beside qemu-nbd: the same images and clients, in rounds that alternate, over Unix sockets.
 
-    python -m scripts.bench                      everything (about a quarter of an hour)
+    python -m scripts.bench                      everything (about twenty minutes)
     python -m scripts.bench --quick randread     one work, a few seconds
     python -m scripts.bench --profile randread   where its time goes
     python -m scripts.bench --also "old=/elsewhere/.venv/bin/nbdbm" randread
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         works=[work for work in WORKS if not options.works or work.name in options.works],
         contenders=_contenders(options),
         rounds=options.rounds or (2 if options.quick else 5),
-        seconds=options.seconds or (1.0 if options.quick else 3.0),
+        seconds=options.seconds or (1.0 if options.quick else 2.0),
         scale=options.scale or (4 if options.quick else 1),
     )
     with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="name the works and end")
     add("--quick", action="store_true", help="two rounds of 1 s with a quarter of the data")
     add("--rounds", type=_positive, metavar="N", help="rounds of each work (default: 5)")
-    add("--seconds", type=float, metavar="S", help="length of a load without an end (default: 3)")
+    add("--seconds", type=float, metavar="S", help="length of a load without an end (default: 2)")
     add("--scale", type=_positive, metavar="N", help="an Nth of the data, extents and tables")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--dir", type=Path, metavar="DIR", help="keep the images here, and use those that are there")
