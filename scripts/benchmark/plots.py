@@ -124,7 +124,7 @@ def _panel(panel: Panel, names: Sequence[str], marks: Sequence[str], axis: str) 
 
 def _ticks(bottom: float, top: float) -> list[float]:
     """The powers of ten, with 2 and 5 between them where there are few."""
-    digits = (1, 2, 5) if top / bottom <= 100.1 else (1,)
+    digits = (1, 2, 5) if top / bottom <= 1000.1 else (1,)
     found = []
     for power in range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1):
         found += [digit * 10.0**power for digit in digits]
