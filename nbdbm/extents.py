@@ -7,6 +7,7 @@ to the range asked for, and capped in number.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ class Extent(NamedTuple):
 class ExtentList:
     """Extents of the half-open byte range ``[offset, offset + length)``, from its start.
 
-    ``flat`` is ``[length, flags, length, flags, ...]``: one list of ints packs and counts far faster
-    than objects when a reply holds a hundred thousand extents.
+    ``flat`` is ``[length, flags, length, flags, ...]`` as 64-bit words: many extents are added, counted and
+    packed at once, where objects would take most of the time of a reply with a hundred thousand of them.
 
     Args:
         offset: where the range begins, bytes.
@@ -37,7 +38,7 @@ class ExtentList:
         self.offset = offset
         self.length = length
         self.limit = limit
-        self.flat: list[int] = []
+        self.flat: array[int] = array("Q")
         self.position = offset
         """The first byte not yet described."""
         self.full = length == 0
@@ -56,7 +57,7 @@ class ExtentList:
             if len(flat) == 2 * self.limit:
                 self.full = True
                 return False
-            flat += (0, flags)
+            flat.extend((0, flags))
         rest = self.offset + self.length - self.position
         if length >= rest:
             length = rest
@@ -65,33 +66,34 @@ class ExtentList:
         self.position += length
         return not self.full
 
-    def add_alternating(self, lengths: list[int], first: int, second: int) -> bool:
-        """Describe many extents at once whose flags are ``first, second, first, ...``; as ``add`` for each.
+    def add_packed(self, pairs: bytes, start: int, end: int) -> bool:
+        """Describe many extents at once; as ``add`` for each.
 
-        All lengths are positive. A reply full of short extents is built several times faster this way.
+        Args:
+            pairs: lengths and flags as in ``flat``, neighbours with different flags (see runs.py).
+            start: where the first of them begins, at ``position`` or before; it ends after ``position``.
+            end: where the last of them ends. It alone may reach past the range.
         """
-        assert first != second
-        if self.full or not lengths:
+        if self.full or not pairs:
             return not self.full
         flat = self.flat
-        total = sum(lengths)
-        if (flat and flat[-1] == first) or self.position + total >= self.offset + self.length:
-            # The first merges with what is there, or the last is clipped.
-            for i, length in enumerate(lengths):
-                if not self.add(length, second if i & 1 else first):
-                    break
-            return not self.full
-        room = self.limit - len(flat) // 2
-        if len(lengths) > room:
+        many = array("Q", pairs)
+        many[0] -= self.position - start
+        if flat and flat[-1] == many[1]:
+            flat[-2] += many[0]
+            del many[:2]
+        room = 2 * self.limit - len(flat)
+        if len(many) > room:
+            end -= sum(many[room::2])
+            del many[room:]
             self.full = True
-            lengths = lengths[:room]
-            total = sum(lengths)
-        count = len(lengths)
-        pairs = [first] * (2 * count)
-        pairs[::2] = lengths
-        pairs[3::4] = [second] * (count // 2)
-        flat += pairs
-        self.position += total
+        flat += many
+        stop = self.offset + self.length
+        if end >= stop:
+            flat[-2] -= end - stop
+            end = stop
+            self.full = True
+        self.position = end
         return not self.full
 
     @property

@@ -1,4 +1,5 @@
-from itertools import pairwise
+import struct
+from itertools import chain, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,12 +7,16 @@ from hypothesis import strategies as st
 from nbdbm.extents import Extent, ExtentList
 
 
+def packed(*pairs: tuple[int, int]) -> bytes:
+    return struct.pack(f"{2 * len(pairs)}Q", *chain(*pairs))
+
+
 def test_empty_range_is_full() -> None:
     extents = ExtentList(512, 0, 10)
     assert extents.full
     assert not extents.add(1, 1)
-    assert not extents.add_alternating([1], 0, 1)
-    assert extents.flat == []
+    assert not extents.add_packed(packed((1, 0)), 512, 513)
+    assert list(extents.flat) == []
 
 
 def test_coalesces_neighbours() -> None:
@@ -48,7 +53,7 @@ def test_cap_drops_what_comes_after() -> None:
 def test_repr_is_short() -> None:
     extents = ExtentList(0, 100, 10)
     assert repr(extents) == "<ExtentList @0+100 []>"
-    extents.add_alternating([1, 2, 3, 4, 5], 0, 1)
+    extents.add_packed(packed((1, 0), (2, 1), (3, 0), (4, 1), (5, 0)), 0, 15)
     assert repr(extents) == "<ExtentList @0+100 [1:0, 2:1, 3:0, 4:1, ...]>"
 
 
@@ -57,8 +62,9 @@ def test_repr_is_short() -> None:
     length=st.integers(0, 60),
     limit=st.integers(1, 12),
     before=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2)), max_size=3),
-    lengths=st.lists(st.integers(1, 8), max_size=12),
-    flags=st.sampled_from([(0, 1), (1, 0), (2, 1)]),
+    skip=st.integers(0, 5),
+    pairs=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2)), max_size=12),
+    beyond=st.integers(0, 9),
     after=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2)), max_size=3),
 )
 def test_many_at_once_as_one_by_one(
@@ -66,8 +72,9 @@ def test_many_at_once_as_one_by_one(
     length: int,
     limit: int,
     before: list[tuple[int, int]],
-    lengths: list[int],
-    flags: tuple[int, int],
+    skip: int,
+    pairs: list[tuple[int, int]],
+    beyond: int,
     after: list[tuple[int, int]],
 ) -> None:
     fast = ExtentList(start, length, limit)
@@ -75,9 +82,20 @@ def test_many_at_once_as_one_by_one(
     for extents in (fast, slow):
         for extent in before:
             extents.add(*extent)
-    assert fast.add_alternating(lengths, *flags) is not fast.full
-    for i, each in enumerate(lengths):
-        slow.add(each, flags[i % 2])
+    # Neighbours differ; only the last may reach past the range.
+    many: list[tuple[int, int]] = []
+    room = start + length - fast.position
+    for n, flags in pairs:
+        if room > 0 and not (many and many[-1][1] == flags):
+            many.append((n, flags))
+            room -= n
+    if many:
+        many[-1] = (many[-1][0] + beyond, many[-1][1])
+        first = [(many[0][0] + skip, many[0][1]), *many[1:]]
+        end = fast.position + sum(n for n, _ in many)
+        assert fast.add_packed(packed(*first), fast.position - skip, end) is not fast.full
+    for each in many:
+        slow.add(*each)
     for extents in (fast, slow):
         for extent in after:
             extents.add(*extent)

@@ -18,15 +18,11 @@ from collections.abc import Iterator
 from bitarray import bitarray
 
 from nbdbm.extents import ExtentList
+from nbdbm.runs import bit_runs
 
 SEGMENT_BITS = 1 << 19
 """64 KiB of memory each: a 64 TiB disk with granules of 64 KiB has 2048, so even one dirty granule in each
 costs no more than the 128 MiB of a plain bitmap, and the first bit set in one costs some microseconds."""
-
-PIECE_MIN = 256
-PIECE_MAX = 1 << 16
-"""Bits looked at together where runs are short (see ``_segment_extents``); the greatest bounds the lists
-of positions to a few MiB."""
 
 
 class DirtyBitmap:
@@ -207,54 +203,23 @@ class DirtyBitmap:
         assert end <= self.size
         if into.full:
             return
-        bit = into.position >> self._shift
-        stop = ((end - 1) >> self._shift) + 1
+        shift = self._shift
+        bit = into.position >> shift
+        stop = ((end - 1) >> shift) + 1
         while bit < stop and not into.full:
             index = bit >> self._segment_shift
             base = index << self._segment_shift
             segment_stop = min(base + self.segment_bits, stop)
             segment = self._segments.get(index)
             if isinstance(segment, bitarray):
-                self._segment_extents(into, segment, base, bit - base, segment_stop - base)
+                # One more than there is room for: the first may belong to the last of the segment before.
+                room = into.limit - len(into) + 1
+                pairs, edge = bit_runs(segment, bit - base, segment_stop - base, shift, room)
+                into.add_packed(pairs, bit << shift, (base + edge) << shift)
+                bit = base + edge
             else:
-                into.add((segment_stop << self._shift) - into.position, int(segment is True))
-            bit = segment_stop
-
-    def _segment_extents(self, into: ExtentList, segment: bitarray, base: int, at: int, stop: int) -> None:
-        """``extents`` for the bits ``[at, stop)`` of one segment that begins at bit ``base``.
-
-        A long run is found by ``find``. Where it ends, short ones may follow, and a call for each would
-        cost more than the search: all ends of runs in the next piece are found by one exclusive or,
-
-            bits     0 0 1 1 1 0 1        1 in the second row: the run ends here
-            ^ next   0 1 0 0 1 1 .
-
-        The fewer extents are still wanted, the smaller a piece: asking for one looks at few bits.
-        """
-        shift = self._shift
-        while at < stop:
-            value = segment[at]
-            edge = segment.find(not value, at, stop)
-            if edge < 0:
-                edge = stop
-            if not into.add(((base + edge) << shift) - into.position, value):
-                return
-            at = edge
-            room = into.limit - len(into)
-            end = min(at + min(max(4 * room, PIECE_MIN), PIECE_MAX), stop)
-            if end - at < 2:
-                continue
-            changes = segment[at : end - 1]
-            changes ^= segment[at + 1 : end]
-            ends = list(changes.search(1))
-            if not ends:
-                continue
-            value = segment[at]
-            lengths = [(after - before) << shift for before, after in zip([-1, *ends], ends, strict=False)]
-            into.add_alternating(lengths, value, 1 - value)
-            if into.full:
-                return
-            at += ends[-1] + 1
+                into.add((segment_stop << shift) - into.position, int(segment is True))
+                bit = segment_stop
 
     def _edges(self, first: int, stop: int) -> Iterator[tuple[int, bool]]:
         """(bit, value) of the first bit and of each bit in ``[first, stop)`` that differs from its neighbour

@@ -20,10 +20,7 @@ import re
 import sys
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
-
-from bitarray import bitarray
 
 from nbdbm.errors import CorruptError
 from nbdbm.extents import ExtentList
@@ -33,6 +30,7 @@ from nbdbm.image.cache import Table
 from nbdbm.image.clusters import ClusterMap
 from nbdbm.qcow2.constants import REFTABLE_OFFSET_MASK
 from nbdbm.qcow2.mapping import Kind, count_used
+from nbdbm.runs import byte_runs
 
 STEP_SLICES = 4
 """L2 slices of one layer walked before the layers below are asked about the gaps: a bound on what is
@@ -165,27 +163,22 @@ class StatusWalker:
         steps = 0
         while offset < end and not all(extents.full for extents, _ in columns):
             try:
-                covered, table = await layer.map.slice_kinds(offset, end - offset)
+                covered, kinds, base = await layer.map.kinds(offset, end - offset)
             except (CorruptError, OSError):
                 break
-            if table is None:
+            if kinds is None:
                 for extents, flags in columns:
                     extents.add(covered, flags[UNALLOCATED])
                 offset += covered
                 continue
-            kinds = table.kinds
-            assert kinds is not None
             if b"M" in kinds or b"X" in kinds:
                 break
             if (b"D" in kinds or b"C" in kinds) and await self._is_preallocated(0, layer):
                 break
-            first = (offset >> bits) & (len(kinds) - 1)
-            within = offset & layer.map.geometry.cluster_mask
-            last = first + ((within + covered - 1) >> bits)
-            part = kinds[first : last + 1]
+            last = (offset + covered - 1 - base) >> bits
             for extents, flags in columns:
                 if not extents.full:
-                    _add_clusters(extents, part.translate(_flags_by_kind(flags)), bits, within, covered)
+                    _add_clusters(extents, kinds.translate(_flags_by_kind(flags)), bits, base, last)
             offset += covered
             steps += 1
             if steps % CALL_SLICES == 0:
@@ -229,25 +222,18 @@ class StatusWalker:
         return await asyncio.shield(task)
 
 
-def _add_clusters(extents: ExtentList, flags: bytes, bits: int, within: int, length: int) -> None:
-    """Append ``length`` bytes from ``within`` the first of some clusters; a byte of ``flags`` for each.
+def _add_clusters(extents: ExtentList, flags: bytes, bits: int, base: int, last: int) -> None:
+    """Describe the clusters from where ``extents`` is up to number ``last``.
 
-    Where runs end is found for all at once, as in ``DirtyBitmap.extents``.
+    There is a byte of ``flags`` for each cluster from the one that begins at ``base`` on.
     """
-    count = len(flags)
-    first = flags[0]
-    if flags.count(first) == count:
-        extents.add(length, first)
-        return
-    other = next(iter({*flags} - {first}))
-    ones = bitarray()
-    ones.pack(flags if not first else flags.translate(_only(other)))
-    ones[:-1] ^= ones[1:]
-    ends = [*ones.search(1, 0, count - 1), count - 1]
-    extents.add(((ends[0] + 1) << bits) - within, first)
-    lengths = [(after - before) << bits for before, after in pairwise(ends)]
-    lengths[-1] += length + within - (count << bits)
-    extents.add_alternating(lengths, other, first)
+    first = (extents.position - base) >> bits
+    while first <= last and not extents.full:
+        # One more than there is room for: the first may belong to the last of those before.
+        room = extents.limit - len(extents) + 1
+        pairs, stop = byte_runs(flags, first, last + 1, bits, room)
+        extents.add_packed(pairs, base + (first << bits), base + (stop << bits))
+        first = stop
 
 
 @functools.cache
@@ -257,12 +243,6 @@ def _flags_by_kind(flags: tuple[int, int, int]) -> bytes:
     for letter, state in STATES.items():
         table[letter] = flags[state]
     return bytes(table)
-
-
-@functools.cache
-def _only(value: int) -> bytes:
-    """A translation table: 1 for ``value``, else 0."""
-    return bytes(int(each == value) for each in range(256))
 
 
 class _Runs:

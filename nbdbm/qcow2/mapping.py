@@ -12,7 +12,7 @@ import sys
 from array import array
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from nbdbm.errors import FormatError
 from nbdbm.qcow2.constants import COMPRESSED, COPIED, L1_RESERVED_MASK, L2_RESERVED_MASK, OFFSET_MASK, ZERO
@@ -279,19 +279,22 @@ class L2Decoder:
     # -- whole tables --------------------------------------------------------------------------
 
     def kinds(self, words: array[int]) -> bytes:
-        """One letter of EntryKind per entry of the slice.
+        """One letter of EntryKind per entry of the slice."""
+        return self.kinds_of(words.tobytes(), sys.byteorder)
+
+    def kinds_of(self, raw: bytes, byteorder: Literal["little", "big"]) -> bytes:
+        """One letter of EntryKind per entry of any number of entries; in the file they are big-endian.
 
         The words are taken apart into eight strips, one per byte of an entry. Each strip is translated
         to facts about the entry (one bit per fact), the strips are ORed as big integers, and the
         result is translated to letters: a dozen C calls whatever the slice holds.
         """
-        raw = words.tobytes()
         stride = self.geometry.l2_entry_size
         count = len(raw) // stride
         if raw == bytes(len(raw)):
             return EntryKind.UNALLOCATED * count
         geometry = self.geometry
-        tables, letters = _classifier(self._wrong, geometry.extended_l2, geometry.external_data)
+        tables, letters = _classifier(self._wrong, geometry.extended_l2, geometry.external_data, byteorder)
         facts = 0
         uniform = 0
         for at, table in enumerate(tables):
@@ -320,7 +323,7 @@ DATA_NOT_ALL = 128
 
 
 @functools.cache
-def _classifier(wrong: int, extended: bool, external: bool) -> tuple[list[bytes], bytes]:
+def _classifier(wrong: int, extended: bool, external: bool, byteorder: str) -> tuple[list[bytes], bytes]:
     """Translation tables: one per byte of an entry in memory order, and one from facts to letters."""
 
     def descriptor_facts(value: int) -> int:
@@ -345,7 +348,7 @@ def _classifier(wrong: int, extended: bool, external: bool) -> tuple[list[bytes]
     # Position 0 is the least significant byte.
     tables = [bytes(descriptor_facts(v << 8 * p) for v in range(256)) for p in range(8)]
     bitmaps = [bytes(bitmap_facts(p, v) for v in range(256)) for p in range(8)]
-    if sys.byteorder == "big":
+    if byteorder == "big":
         tables.reverse()
         bitmaps.reverse()
     if extended:

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdbm.bitmaps.dirty import PIECE_MAX, PIECE_MIN, SEGMENT_BITS, DirtyBitmap
+from nbdbm.bitmaps.dirty import SEGMENT_BITS, DirtyBitmap
 from nbdbm.extents import Extent, ExtentList
 
 GRANULARITY = 512
+SEGMENT = 1 << 17
 
 
 class Model:
@@ -344,7 +345,7 @@ def pattern(kind: str, count: int) -> bytes:
     if kind == "alternating":
         return b"\x55" * (count // 8)
     bits = bytearray(count // 8)
-    for _ in range(count // (3 * PIECE_MIN) if kind == "sparse" else 3):
+    for _ in range(count // 768 if kind == "sparse" else 3):
         bits[rng.randrange(len(bits))] = 1 << rng.randrange(8)
     return bytes(bits)
 
@@ -352,15 +353,15 @@ def pattern(kind: str, count: int) -> bytes:
 @pytest.mark.parametrize("kind", ["random", "alternating", "sparse", "few"])
 @pytest.mark.parametrize("limit", [1, 2, 3, 100, 5000, 1 << 20])
 def test_extents_as_runs(kind: str, limit: int) -> None:
-    """Over pieces and segments: every limit, aligned and not."""
-    count = 5 * PIECE_MAX // 2
-    bitmap = DirtyBitmap(count * 512 - 100, 512, segment_bits=2 * PIECE_MAX)
+    """Over segments: every limit, aligned and not."""
+    count = 5 * SEGMENT // 4
+    bitmap = DirtyBitmap(count * 512 - 100, 512, segment_bits=SEGMENT)
     bitmap.load(0, pattern(kind, count))
     end = bitmap.size
     for offset, length in (
         (0, end),
         (512 * 1000 + 7, end - 512 * 1000 - 7),
-        (3, 512 * PIECE_MAX),
+        (3, 256 * SEGMENT),
         (end - 5, 5),
     ):
         fast = extents_of(bitmap, offset, length, limit)

@@ -24,8 +24,6 @@ from nbdbm.nbd.transmission import (
     Origins,
     Output,
     append_zeroes,
-    fit_32_bits,
-    pack_words,
 )
 from tests.support.pair import COARSE, DISK, SCRATCH
 
@@ -266,14 +264,9 @@ FITS: dict[str, tuple[list[tuple[int, int]], list[int]]] = {
 
 
 @pytest.mark.parametrize(("pairs", "flat"), FITS.values(), ids=FITS.keys())
-def test_fit_32_bits(pairs: list[tuple[int, int]], flat: list[int]) -> None:
-    assert fit_32_bits(extents(*pairs)) == flat
-
-
-@pytest.mark.parametrize(("code", "size"), [("I", 4), ("Q", 8)])
-def test_pack_words(code: str, size: int) -> None:
-    values = [0, 1, 0xFFFFFFFF]
-    assert pack_words(code, values) == b"".join(value.to_bytes(size, "big") for value in values)
+def test_lengths_fit_32_bits(pairs: list[tuple[int, int]], flat: list[int]) -> None:
+    sent = built(STRUCTURED, "status", [(7, extents(*pairs))])
+    assert sent == chunk(STRUCTURED, 1, 5, struct.pack(f">I{len(flat)}I", 7, *flat))
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=30), st.randoms())

@@ -47,7 +47,7 @@ class Recorder:
         self.replies.append((cookie, offset, [(length, data and bytes(data)) for length, data in chunks]))
 
     def reply_block_status(self, cookie: int, contexts: Any) -> None:
-        self.replies.append((cookie, [(ident, extents.flat) for ident, extents in contexts]))
+        self.replies.append((cookie, [(ident, list(extents.flat)) for ident, extents in contexts]))
 
     def reply_error(self, cookie: int, error: NbdErrno, message: str = "") -> None:
         self.replies.append((cookie, error, message))

@@ -7,6 +7,7 @@ passed. tests/conftest.py acts on the mark.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -46,6 +47,12 @@ def _program(name: str) -> Callable[[], str | None]:
     return judge
 
 
+def _compiled() -> str | None:
+    if importlib.util.find_spec("nbdbm._speed") is not None:
+        return None
+    return "the package was installed without a compiler: install it again with gcc and Python's headers"
+
+
 PEERS: dict[str, Callable[[], str | None]] = {
     **{
         name: _program(name)
@@ -61,6 +68,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
             "nbd-server",
         )
     },
+    "compiled": _compiled,
     "libnbd": libnbd.missing,
     "newer": qemu.newer_missing,
 }
