@@ -34,13 +34,11 @@ little(uint64_t word)
     return __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? __builtin_bswap64(word) : word;
 }
 
-/* Write the low `width` (4 or 8) bytes of `word`, the most significant first; return what follows them. */
-static char *
-store_big(char *to, uint64_t word, int width)
+/* To big-endian. */
+static uint64_t
+big(uint64_t word)
 {
-    word = __builtin_bswap64(little(word << (64 - 8 * width)));
-    memcpy(to, &word, width == 8 ? 8 : 4);
-    return to + width;
+    return __builtin_bswap64(little(word));
 }
 
 /* Complain unless the runs of `start` to `stop`, of at most `available`, can be told. */
@@ -220,6 +218,47 @@ end:
 }
 
 static PyObject *
+classify(PyObject *module, PyObject *args)
+{
+    Py_buffer buffer, letters;
+    int swapped;
+    unsigned long long masks[5];
+    PyObject *told = NULL;
+
+    if (!PyArg_ParseTuple(args, "y*p(KKKKK)y*:classify", &buffer, &swapped, &masks[0], &masks[1], &masks[2],
+                          &masks[3], &masks[4], &letters))
+        return NULL;
+    if (buffer.len % 8 || letters.len != 32) {
+        PyErr_SetString(PyExc_ValueError, "not words of 64 bits, or not 32 letters");
+        goto end;
+    }
+    told = PyBytes_FromStringAndSize(NULL, buffer.len / 8);
+    if (told == NULL)
+        goto end;
+    char *to = PyBytes_AsString(told);
+    const unsigned char *words = buffer.buf;
+    const char *letter = letters.buf;
+    uint64_t last = 0;
+    char same = letter[0];
+    const uint64_t a = masks[0], b = masks[1], c = masks[2], d = masks[3], e = masks[4];
+    for (Py_ssize_t at = 0; at < buffer.len; at += 8) {
+        uint64_t word = load(words + at);
+        if (word != last) {
+            last = word;
+            if (swapped)
+                word = __builtin_bswap64(word);
+            same = letter[((word & a) != 0) | ((word & b) != 0) << 1 | ((word & c) != 0) << 2 |
+                          ((word & d) != 0) << 3 | ((word & e) != 0) << 4];
+        }
+        *to++ = same;
+    }
+end:
+    PyBuffer_Release(&buffer);
+    PyBuffer_Release(&letters);
+    return told;
+}
+
+static PyObject *
 pack(PyObject *module, PyObject *args)
 {
     Py_buffer buffer;
@@ -254,10 +293,17 @@ pack(PyObject *module, PyObject *args)
     if (packed == NULL)
         goto end;
     char *to = PyBytes_AsString(packed);
-    for (Py_ssize_t at = 0; at < size; at += PAIR) {
+    for (Py_ssize_t at = 0; at < size; at += PAIR, to += 2 * width) {
         uint64_t length = load(pairs + at);
-        to = store_big(to, length > longest ? longest : length, width);
-        to = store_big(to, load(pairs + at + 8), width);
+        uint64_t flags = load(pairs + at + 8);
+        if (length > longest)
+            length = longest;
+        if (width == 4) {
+            store(to, big(length << 32 | flags));
+        } else {
+            store(to, big(length));
+            store(to + 8, big(flags));
+        }
     }
 end:
     PyBuffer_Release(&buffer);
@@ -267,6 +313,7 @@ end:
 static PyMethodDef functions[] = {
     {"bit_runs", bit_runs, METH_VARARGS, NULL},
     {"byte_runs", byte_runs, METH_VARARGS, NULL},
+    {"classify", classify, METH_VARARGS, NULL},
     {"pack", pack, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

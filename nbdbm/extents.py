@@ -87,7 +87,10 @@ class ExtentList:
             end -= sum(many[room::2])
             del many[room:]
             self.full = True
-        flat += many
+        if flat:
+            flat += many
+        else:
+            self.flat = flat = many
         stop = self.offset + self.length
         if end >= stop:
             flat[-2] -= end - stop

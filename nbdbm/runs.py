@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Callable
 from itertools import islice
 from typing import TypeAlias
 
 from bitarray import bitarray
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview | array[int] | bitarray"
-
-COMPILED = True
-"""Whether the compiled functions are there."""
 
 FEW = 8
 """Runs up to which they are searched for one by one: asking for one looks at no more bits than it has."""
@@ -29,7 +27,7 @@ _U32_MAX, _U64_MAX = (1 << 32) - 1, (1 << 64) - 1
 _LITTLE = sys.byteorder == "little"
 
 
-def bit_runs(bits: Buffer, start: int, stop: int, shift: int, limit: int) -> tuple[bytes, int]:
+def pure_bit_runs(bits: Buffer, start: int, stop: int, shift: int, limit: int) -> tuple[bytes, int]:
     """The runs of bits [start, stop) as pairs, and the bit where the last of them ends.
 
     Bit 0 is the least significant of byte 0. A run of n bits has the length ``n << shift`` and the flags
@@ -69,7 +67,7 @@ def bit_runs(bits: Buffer, start: int, stop: int, shift: int, limit: int) -> tup
     return _pairs(ends, shift, _alternating(value, 1 - value, len(ends))), start + ends[-1]
 
 
-def byte_runs(values: Buffer, start: int, stop: int, shift: int, limit: int) -> tuple[bytes, int]:
+def pure_byte_runs(values: Buffer, start: int, stop: int, shift: int, limit: int) -> tuple[bytes, int]:
     """The same for bytes: each run has the flags that its bytes are."""
     raw = memoryview(values).cast("B")
     _check(start, stop, len(raw), shift, limit)
@@ -96,7 +94,7 @@ def byte_runs(values: Buffer, start: int, stop: int, shift: int, limit: int) -> 
     return _pairs(ends, shift, flags), start + ends[-1]
 
 
-def pack(pairs: Buffer, width: int, longest: int) -> bytes:
+def pure_pack(pairs: Buffer, width: int, longest: int) -> bytes:
     """Pairs as big-endian words of ``width`` (4 or 8) bytes.
 
     The first length beyond ``longest`` is cut to that, and ends what is told: the next one would no longer
@@ -162,9 +160,21 @@ def _pairs(ends: array[int], shift: int, flags: array[int]) -> bytes:
     return pairs.tobytes()
 
 
-pure_bit_runs, pure_byte_runs, pure_pack = bit_runs, byte_runs, pack
+RunsOf = Callable[[Buffer, int, int, int, int], tuple[bytes, int]]
+
+bit_runs: RunsOf = pure_bit_runs
+byte_runs: RunsOf = pure_byte_runs
+pack: Callable[[Buffer, int, int], bytes] = pure_pack
+classify: Callable[[Buffer, bool, tuple[int, int, int, int, int], bytes], bytes] | None = None
+"""(words of 64 bits, whether their bytes are to be swapped, masks, 32 letters) -> for each word the letter
+number n, where bit i of n is set if the word has any bit of mask i. None without the compiled functions:
+``L2Decoder.kinds_of`` has another way of its own."""
 
 try:
-    from nbdbm._speed import bit_runs, byte_runs, pack  # type: ignore[assignment]
+    import nbdbm._speed as _speed
 except ImportError:
     COMPILED = False
+else:
+    COMPILED = True
+    bit_runs, byte_runs, pack = _speed.bit_runs, _speed.byte_runs, _speed.pack
+    classify = _speed.classify

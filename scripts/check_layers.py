@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "uri": {"errors"},
     "nbd": {"errors", "extents", "runs"},
-    "qcow2": {"errors"},
+    "qcow2": {"errors", "runs"},
     "bitmaps": {"errors", "extents", "runs"},
     "image": {"errors", "extents", "inline", "runs", "metrics", "qcow2", "bitmaps"},
     # The one bilingual module: it may use the wire's vocabulary (three modules of it) and the engine.

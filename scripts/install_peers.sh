@@ -14,6 +14,9 @@ packages=(
     nbd-client              # the oldest client there is
     nbd-server              # and its server, which speaks simple replies only
     fio                     # the benchmark's load generator
+    gcc                     # the compiled part of the package, which is tested beside the Python that does
+    libc6-dev               # the same where it is missing
+    python3-dev
 )
 
 missing=()

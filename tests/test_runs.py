@@ -56,6 +56,7 @@ def test_the_compiled_way_is_taken() -> None:
 
     assert runs.COMPILED
     assert (runs.bit_runs, runs.byte_runs, runs.pack) == (_speed.bit_runs, _speed.byte_runs, _speed.pack)
+    assert runs.classify is _speed.classify
 
 
 def test_without_the_compiled_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +184,25 @@ def test_the_greatest_shift(way: Way) -> None:
 def test_what_cannot_be_packed(way: Way, pairs: bytes, width: int, longest: int) -> None:
     with pytest.raises(ValueError, match=r"pairs|lengths|flags"):
         way.pack(pairs, width, longest)
+
+
+@requires("compiled")
+def test_classify() -> None:
+    from nbdbm._speed import classify
+
+    letters = bytes(range(32))
+    words = [0, 1, 2, 4, 8, 16, 31, 32, 1 << 63 | 5, 0]
+    wanted = [0, 1, 2, 4, 8, 16, 31, 0, 5, 0]
+    assert list(classify(array("Q", words), False, (1, 2, 4, 8, 16), letters)) == wanted
+    swapped = [int.from_bytes(word.to_bytes(8, "big"), "little") for word in words]
+    assert list(classify(array("Q", swapped), True, (1, 2, 4, 8, 16), letters)) == wanted
+    assert classify(b"", True, (1, 2, 4, 8, 16), letters) == b""
+    for bad in (bytes(7), bytes(9)):
+        with pytest.raises(ValueError, match="words"):
+            classify(bad, False, (1, 2, 4, 8, 16), letters)
+    for bad in (b"", bytes(31), bytes(33)):
+        with pytest.raises(ValueError, match="letters"):
+            classify(bytes(8), False, (1, 2, 4, 8, 16), bad)
 
 
 ANY = st.one_of(st.integers(-3, 40), st.integers(-(1 << 63), (1 << 63) - 1))

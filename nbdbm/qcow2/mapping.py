@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from nbdbm.errors import FormatError
 from nbdbm.qcow2.constants import COMPRESSED, COPIED, L1_RESERVED_MASK, L2_RESERVED_MASK, OFFSET_MASK, ZERO
 from nbdbm.qcow2.geometry import Geometry
+from nbdbm.runs import classify
 
 ALL = 0xFFFF_FFFF
 """All subclusters of a cluster."""
@@ -96,6 +97,8 @@ class L2Decoder:
             self._wrong |= ZERO
         self._unusual = COMPRESSED | ZERO | self._wrong
         """Bits that a plain data entry has not."""
+        self._masks = (OFFSET_MASK, self._wrong, COMPRESSED, COPIED, ZERO & ~self._wrong)
+        """Bits that make up the first five facts (see below) about a standard entry."""
         self._plain = not geometry.extended_l2 and not geometry.external_data
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
@@ -287,14 +290,17 @@ class L2Decoder:
 
         The words are taken apart into eight strips, one per byte of an entry. Each strip is translated
         to facts about the entry (one bit per fact), the strips are ORed as big integers, and the
-        result is translated to letters: a dozen C calls whatever the slice holds.
+        result is translated to letters: a dozen C calls whatever the slice holds. Compiled, standard entries
+        are looked at one by one, by the same facts and letters, in a fifth of the time.
         """
-        stride = self.geometry.l2_entry_size
+        geometry = self.geometry
+        tables, letters = _classifier(self._wrong, geometry.extended_l2, geometry.external_data, byteorder)
+        if classify is not None and not geometry.extended_l2:
+            return classify(raw, byteorder != sys.byteorder, self._masks, letters[:32])
+        stride = geometry.l2_entry_size
         count = len(raw) // stride
         if raw == bytes(len(raw)):
             return EntryKind.UNALLOCATED * count
-        geometry = self.geometry
-        tables, letters = _classifier(self._wrong, geometry.extended_l2, geometry.external_data, byteorder)
         facts = 0
         uniform = 0
         for at, table in enumerate(tables):

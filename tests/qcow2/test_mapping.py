@@ -1,3 +1,4 @@
+import struct
 from array import array
 from itertools import pairwise
 
@@ -6,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdbm.errors import FormatError
+from nbdbm.qcow2 import mapping
 from nbdbm.qcow2.constants import COMPRESSED, COPIED, ZERO, IncompatFeature
 from nbdbm.qcow2.geometry import Geometry
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.mapping import ABSENT, BLANK, UNKNOWN, Kind, L2Decoder, Mapping, count_used, l2_table_offset
 from nbdbm.qcow2.refcount import RefcountBlock
+from tests.support.marks import requires
 
 SIZE = 65536
 EXTENDED = int(IncompatFeature.EXTENDED_L2)
@@ -190,6 +193,22 @@ def entries() -> st.SearchStrategy[int]:
 WORD = st.integers(0, 2**64 - 1)
 HALF = st.sampled_from([0, 1, 0x80000000, 0xFFFFFFFF, 0xFF00, 0x0000FFFF])
 BITMAP = st.one_of(st.builds(lambda a, b: a << 32 | b, HALF, HALF), WORD)
+
+
+@requires("compiled")
+@variants
+@given(data=st.data())
+def test_kinds_compiled_and_in_python(header: Header, data: st.DataObject) -> None:
+    walker = L2Decoder(Geometry(header))
+    count = walker.geometry.words_per_entry * data.draw(st.integers(1, 40))
+    words = array("Q", data.draw(st.lists(entries(), min_size=count, max_size=count)))
+    letters = walker.kinds(words)
+    raw = struct.pack(f">{count}Q", *words)
+    assert walker.kinds_of(raw, "big") == letters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapping, "classify", None)
+        assert walker.kinds(words) == letters
+        assert walker.kinds_of(raw, "big") == letters
 
 
 @variants
