@@ -97,7 +97,7 @@ def cost(event: Command) -> int:
     if isinstance(event, Write):
         return REQUEST_COST + len(event.data)
     if isinstance(event, BlockStatus):
-        if event.flags & CmdFlag.REQ_ONE:
+        if event.flags and event.flags & CmdFlag.REQ_ONE:
             return REQUEST_COST * (1 + len(event.contexts))
         return REQUEST_COST + STATUS_COST * min(len(event.contexts), STATUS_CONTEXTS)
     return REQUEST_COST
@@ -119,7 +119,7 @@ async def _block_status(event: BlockStatus, context: Context) -> None:
         event.contexts,
         event.offset,
         event.length,
-        req_one=bool(event.flags & CmdFlag.REQ_ONE),
+        req_one=bool(event.flags and event.flags & CmdFlag.REQ_ONE),
         limit=context.protocol.extent_limit(event),
     )
     context.protocol.reply_block_status(event.cookie, answers)
