@@ -22,10 +22,6 @@ L1_CHUNK = 4096
 """L1 entries searched for the next table at a time."""
 
 
-WALK_BYTES = 64 * 1024
-"""Bytes of a table read at a time where kinds are asked for over a long range."""
-
-
 async def load_l1(file: BlockFile, offset: int, entries: int) -> array[int]:
     """Read an L1 table, whose place has been judged, as words in native byte order."""
     return await _load_words(file, offset, 8 * entries)
@@ -217,47 +213,34 @@ class ClusterMap:
         return min(length, ((number + 1) << self._slice_shift) - offset), table
 
     async def kinds(self, offset: int, length: int) -> tuple[int, bytes | None, int]:
-        """The kinds of clusters of a part of the disk, for walking a long way.
+        """The kinds of the clusters of a part of the disk, for walking a long way.
 
-        What is not cached is read many slices at a time and not kept: a walk over a large disk drops nothing
-        that reads and writes need. What is cached may be newer than the file.
+        A slice that is not cached and that the range leaves behind is not kept: a walk over a large disk
+        drops nothing that reads and writes need. What is cached may be newer than the file.
 
         Returns:
             how many bytes of the range, from its start, are told; letters of EntryKind for whole clusters
             that cover them, or None if they have no tables; and where the first of these clusters begins.
         """
-        shift = self._slice_shift
-        number = offset >> shift
-        key = self.tag + number
-        if key not in self._tables:
+        number = offset >> self._slice_shift
+        begin, end = number << self._slice_shift, (number + 1) << self._slice_shift
+        if offset + length > end and self.tag + number not in self._tables:
             gap = self.absent(offset, length)
             if gap:
                 return gap, None, offset
-            last = (offset + length - 1) >> shift
-            if last > number:
-                count = self._uncached(number, last)
-                letters = await self._read_kinds(number, count)
-                if letters is not None:
-                    return min(length, ((number + count) << shift) - offset), letters, number << shift
+            letters = await self._read_kinds(number)
+            if letters is not None:
+                return end - offset, letters, begin
         covered, table = await self.slice_kinds(offset, length)
-        return covered, None if table is None else table.kinds, number << shift
+        return covered, None if table is None else table.kinds, begin
 
-    def _uncached(self, number: int, last: int) -> int:
-        """How many slices from ``number`` to ``last`` are to be read at once: of one table, none cached."""
-        geometry = self.geometry
-        left = geometry.slices_per_table - number % geometry.slices_per_table
-        most = min(left, last + 1 - number, WALK_BYTES // geometry.slice_bytes)
-        first = self.tag + number
-        return next((n for n in range(most) if first + n in self._tables), most)
-
-    async def _read_kinds(self, number: int, count: int) -> bytes | None:
-        """The kinds of ``count`` slices of one table, from the file; None if meanwhile the file has become
-        the wrong place to look."""
+    async def _read_kinds(self, number: int) -> bytes | None:
+        """The kinds of a slice, from the file; None if meanwhile that has become the wrong place to look."""
         geometry = self.geometry
         index, within = divmod(number, geometry.slices_per_table)
         where = self.table_offset(index)
-        raw = await self.file.pread(where + within * geometry.slice_bytes, count * geometry.slice_bytes)
-        if self.table_offset(index) != where or self._uncached(number, number + count - 1) < count:
+        raw = await self.file.pread(where + within * geometry.slice_bytes, geometry.slice_bytes)
+        if self.table_offset(index) != where or self.tag + number in self._tables:
             return None
         return self.decoder.kinds_of(raw, "big")
 

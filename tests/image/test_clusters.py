@@ -214,3 +214,115 @@ def test_a_last_cluster_cut_short(layer: Layer) -> None:
         file.truncate(host)
     with pytest.raises(CorruptError, match="past the file's end"):
         asyncio.run(look())
+
+
+# -- walking a long way
+
+MANY = 3 * 8192
+"""Clusters of three whole L2 tables, each of which is one slice."""
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Layer:
+    """Three L2 tables with a cluster of data in every fortieth place; none for the fourth."""
+    image = qcow2build.Image(size=(MANY + 8192) * 65536, clusters=dict.fromkeys(range(7, MANY, 40), b"x"))
+    return Layer(tmp_path / "disk.qcow2", image)
+
+
+async def walked(clusters: ClusterMap, first: int, stop: int) -> str:
+    """A letter per cluster of [first, stop)."""
+    letters = ""
+    offset, end = first * 65536 + 5, stop * 65536 - 5
+    while offset < end:
+        covered, kinds, base = await clusters.kinds(offset, end - offset)
+        assert 0 < covered <= end - offset
+        here, last = offset >> 16, (offset + covered - 1) >> 16
+        if kinds is None:
+            letters += "U" * (last + 1 - here)
+        else:
+            assert base % 65536 == 0 and base <= offset
+            letters += kinds[here - (base >> 16) : last + 1 - (base >> 16)].decode()
+            assert len(kinds) > last - (base >> 16)
+        offset += covered
+    return letters
+
+
+def wanted(first: int, stop: int) -> str:
+    return "".join("D" if n % 40 == 7 and n < MANY else "U" for n in range(first, stop))
+
+
+def test_a_walk_leaves_the_cache_as_it_is(large: Layer) -> None:
+    async def run() -> None:
+        clusters = await large.open()
+        for first, stop in ((0, MANY + 8192), (500, MANY - 3), (8191, 8193), (3, 2000)):
+            assert await walked(clusters, first, stop) == wanted(first, stop)
+        # Only those where a range ends.
+        assert list(large.cache.values) == [2, 1, 0]
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+async def change(clusters: ClusterMap, cluster: int) -> None:
+    """Make one cluster read as zeroes, in memory only, as a write does."""
+    table = await clusters.slice(cluster // 8192)
+    table.words[cluster % 8192] = 1
+    table.kinds = None
+
+
+def test_what_is_cached_is_newer_than_the_file(large: Layer) -> None:
+    async def run() -> None:
+        clusters = await large.open()
+        letters = list(wanted(0, MANY))
+        for cluster in (0, 8192 + 511):
+            await change(clusters, cluster)
+            letters[cluster] = "Z"
+        assert await walked(clusters, 0, MANY) == "".join(letters)
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_changed_while_the_file_is_read(large: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write in the middle of a walk: what was read is out of date before it is looked at."""
+
+    async def run() -> None:
+        clusters = await large.open()
+        pread = clusters.file.pread
+        reads = 0
+
+        async def late(offset: int, length: int) -> bytes:
+            nonlocal reads
+            reads += 1
+            raw = await pread(offset, length)
+            if reads == 1:
+                await change(clusters, 3 * 512)
+            return raw
+
+        monkeypatch.setattr(clusters.file, "pread", late)
+        letters = list(wanted(0, MANY))
+        letters[3 * 512] = "Z"
+        assert await walked(clusters, 0, MANY) == "".join(letters)
+        assert reads == 2
+        clusters.file.close()
+
+    asyncio.run(run())
+
+
+def test_a_table_that_moves_while_it_is_read(large: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        clusters = await large.open()
+        pread = clusters.file.pread
+        first, second = clusters.l1[0], clusters.l1[1]
+        clusters.l1[0] = second
+
+        async def late(offset: int, length: int) -> bytes:
+            raw = await pread(offset, length)
+            clusters.l1[0] = first
+            return raw
+
+        monkeypatch.setattr(clusters.file, "pread", late)
+        assert await walked(clusters, 0, MANY) == wanted(0, MANY)
+        clusters.file.close()
+
+    asyncio.run(run())
