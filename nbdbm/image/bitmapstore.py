@@ -300,11 +300,14 @@ class BitmapStore:
     async def _read_bits(self, entry: DirectoryEntry, table: tuple[int, ...]) -> DirtyBitmap:
         bits = DirtyBitmap(self._size, entry.granularity)
         total = bitmap_bytes(self._size, entry.granularity)
+        # One buffer for all: fresh ones cost more in page faults than the reading.
+        scratch = memoryview(bytearray(min(max(READ_SIZE, self._cluster_size), total)))
         for at, length, host in data_runs(table, self._cluster_size, total, READ_SIZE):
             if host is None:
                 bits.load_ones(at, length)
             else:
-                bits.load(at, await self._file.pread(host, length))
+                await self._file.pread_into(scratch[:length], host)
+                bits.load(at, scratch[:length])
                 await asyncio.sleep(0)  # what the page cache has waits for nothing: others get their turn
         return bits
 

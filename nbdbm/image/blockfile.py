@@ -9,17 +9,14 @@ import functools
 import os
 import stat
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from nbdbm.errors import ImageError
 from nbdbm.image.locks import lock, unlock
+from nbdbm.image.readahead import LARGEST, ReadAhead
+from nbdbm.image.threads import in_thread
 
 T = TypeVar("T")
-
-IO_THREADS = 16
-"""Calls of one process that wait for disks (or decompress) at the same time. More gain little on one
-disk, and each costs a stack."""
 
 INLINE_WRITE = 256 * 1024
 """Bytes; a write of no more than this only copies to the page cache, in less time than a thread takes to
@@ -52,8 +49,11 @@ class BlockFile(Protocol):
     async def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; those past the end of the file are zeroes."""
 
-    async def pread_into(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset``; bytes past the end of the file are zeroes."""
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
+        """Fill ``view`` from ``offset``; bytes past the end of the file are zeroes.
+
+        Not ``hot``: ``try_pread_into`` has just failed, so that it need not be tried again.
+        """
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` now if that needs no waiting (page cache); return False otherwise."""
@@ -116,31 +116,6 @@ class HostFile(BlockFile, Protocol):
 # -- a real file -------------------------------------------------------------------------------
 
 
-@functools.cache
-def io_pool() -> ThreadPoolExecutor:
-    """The process's I/O threads, started on first need."""
-    return ThreadPoolExecutor(IO_THREADS, thread_name_prefix="nbdbm-io")
-
-
-async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a blocking call in an I/O thread.
-
-    Cancellation waits until the call has ended: a thread may be filling a buffer whose owner would
-    otherwise give it to somebody else.
-    """
-    job = io_pool().submit(function, *args)
-    future = asyncio.wrap_future(job)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        if not job.cancel():
-            while not future.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait((future,))
-            future.exception()
-        raise
-
-
 def fill_zeroes(view: memoryview) -> None:
     """Overwrite all of ``view`` with zeroes."""
     length = len(view)
@@ -184,6 +159,7 @@ class ThreadedFile:
         self._unsynced = True
         """Something may not be on stable storage: we wrote since the last sync, or others before us."""
         self._syncing = 0
+        self._misses = ReadAhead(self)
         self._writing = asyncio.Lock()
         """Held by the one thread that writes. File systems let one at a time write to a file, and a second
         one spins for its turn: a sixth of all processor time with eight writes of 1 MiB under way."""
@@ -248,9 +224,9 @@ class ThreadedFile:
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` now if that needs no waiting (page cache); return False otherwise."""
-        return self._nowait and self._read_cached(view, offset) == len(view)
+        return self._nowait and self.read_now(view, offset) == len(view)
 
-    def _read_cached(self, view: memoryview, offset: int) -> int:
+    def read_now(self, view: memoryview, offset: int) -> int:
         """Bytes filled at once, from the start of ``view``. Not to be called once RWF_NOWAIT has failed."""
         try:
             done = os.preadv(self.fd, (view,), offset, RWF_NOWAIT)
@@ -266,13 +242,22 @@ class ThreadedFile:
             return len(view)
         return done
 
-    async def pread_into(self, view: memoryview, offset: int) -> None:
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
         """Fill ``view`` from ``offset``; bytes past the end of the file are zeroes."""
-        done = self._read_cached(view, offset) if self._nowait else 0
-        if done < len(view):
-            await in_thread(self._fill, view[done:], offset + done)
+        done = self.read_now(view, offset) if hot and self._nowait else 0
+        if done == len(view):
+            return
+        if self._nowait and len(view) <= LARGEST:
+            await self._misses.read(view, offset)
+        else:
+            await in_thread(self.read_waiting, view[done:], offset + done)
 
-    def _fill(self, view: memoryview, offset: int) -> None:
+    def fetch(self, offset: int, length: int) -> None:
+        """Tell the kernel to have the range in the page cache soon."""
+        with contextlib.suppress(OSError):  # a hint
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def read_waiting(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
             count = os.preadv(self.fd, (view[done:],), offset + done)

@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 
 from nbdbm.errors import ImageError, UsageError
 from nbdbm.image.backing import FORMATS, resolve
-from nbdbm.image.blockfile import BlockFile, ThreadedFile, in_thread
+from nbdbm.image.blockfile import BlockFile, ThreadedFile
 from nbdbm.image.locks import lock
+from nbdbm.image.threads import in_thread
 from nbdbm.qcow2.constants import (
     COPIED,
     MAX_BACKING_NAME,

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from nbdbm.errors import FormatError
 from nbdbm.image.backing import Layer
-from nbdbm.image.blockfile import BlockFile, fill_zeroes, in_thread
+from nbdbm.image.blockfile import BlockFile, fill_zeroes
 from nbdbm.image.cache import ClusterCache
 from nbdbm.image.clusters import ClusterMap
+from nbdbm.image.threads import in_thread
 from nbdbm.qcow2.compressed import CompressedDescriptor
 from nbdbm.qcow2.mapping import ABSENT, BLANK, Kind
 
@@ -122,6 +123,18 @@ class Reader:
             fill_zeroes(view)
         return done != LATER
 
+    def _one_piece(self, offset: int, length: int) -> Piece | None:
+        """The range's only piece, if it is all data in one piece of a qcow2 layer and its table is cached."""
+        for layer in self._layers:
+            if layer.map is None or offset + length > layer.size:
+                return None
+            host = layer.map.locate(offset, length)
+            if host >= 0:
+                return Piece(layer.map.data, host, 0, length)
+            if host != ABSENT:
+                return None
+        return None
+
     # -- the general way -----------------------------------------------------------------------
 
     async def read_into(self, view: memoryview, offset: int) -> None:
@@ -141,6 +154,10 @@ class Reader:
         done = self.try_read(view, offset)
         if done != LATER:
             return [(total, done == FILLED)]
+        if (piece := self._one_piece(offset, total)) is not None:
+            # The common miss of the page cache, at a third of the cost.
+            await piece.file.pread_into(view, piece.host, hot=False)
+            return [(total, True)]
         plan = await self._plan(offset, total, sparse=True)
         holes = _merge(plan.zeroes)
         parts: list[tuple[int, bool]] = []
@@ -313,7 +330,7 @@ async def _plan_qcow2(
 async def _read_pieces(work: Iterable[Piece], view: memoryview) -> None:
     """Read one piece after the other; several of these share one iterator."""
     for file, host, at, length in work:
-        await file.pread_into(view[at : at + length], host)
+        await file.pread_into(view[at : at + length], host, hot=False)
 
 
 def _batches(packed: list[Packed]) -> Iterator[list[Packed]]:

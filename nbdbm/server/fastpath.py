@@ -64,11 +64,11 @@ class FastPath:
         self._sock = sock
         self._give = buffers.give
 
-    def serve(self, events: list[Event]) -> tuple[list[Event], list[Event], bytes]:
+    def serve(self, events: list[Event], most: int) -> tuple[list[Event], list[Event], bytes]:
         """Carry out what can be done now: (events for the general way, those not looked at, replies unsent).
 
-        Nothing waits to be sent when this is called. Once something could not be sent, or the turn has
-        been long enough, no further event is looked at.
+        Nothing waits to be sent when this is called. Once something could not be sent, ``most`` reads were
+        left to the general way, or the turn has been long enough, no further event is looked at.
         """
         left: list[Event] = []
         budget = TURN_BYTES
@@ -94,6 +94,8 @@ class FastPath:
                     at = self._zeroes(at, start, event)
                 else:
                     left.append(event)
+                    if len(left) >= most:
+                        return left, events[number + 1 :], self._send(at)
                     continue
                 if settle is not None:
                     settle(cookie, offset)

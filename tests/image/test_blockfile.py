@@ -2,7 +2,6 @@ import asyncio
 import errno
 import os
 import socket
-import threading
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from nbdbm.errors import ImageError
 from nbdbm.image import blockfile
-from nbdbm.image.blockfile import INLINE_WRITE, BlockFile, ThreadedFile, fill_zeroes, in_thread
+from nbdbm.image.blockfile import INLINE_WRITE, BlockFile, ThreadedFile, fill_zeroes
 
 CONTENT = bytes(range(256)) * 64  # 16 KiB
 
@@ -323,55 +322,3 @@ def test_one_thread_writes_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch
     assert most == 1
     assert path.read_bytes()[: 4 * len(parts[0]) + 7] == b"".join(parts) + b"smaller"
     file.close()
-
-
-# -- threads
-
-
-def test_cancellation_waits_for_the_thread() -> None:
-    """The thread may be writing into the caller's buffer."""
-    started, ended = threading.Event(), threading.Event()
-
-    def work() -> None:
-        started.set()
-        time.sleep(0.1)
-        ended.set()
-
-    async def run() -> None:
-        task = asyncio.ensure_future(in_thread(work))
-        await asyncio.to_thread(started.wait)
-        task.cancel()
-        await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert ended.is_set()
-
-    asyncio.run(run())
-
-
-def test_cancellation_before_the_thread_begins() -> None:
-    release = threading.Event()
-    done: list[int] = []
-
-    async def run() -> None:
-        busy = [asyncio.ensure_future(in_thread(release.wait)) for _ in range(blockfile.IO_THREADS)]
-        late = asyncio.ensure_future(in_thread(done.append, 1))
-        await asyncio.sleep(0.01)
-        late.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await late
-        release.set()
-        await asyncio.gather(*busy)
-
-    asyncio.run(run())
-    assert not done
-
-
-def test_errors_come_out_of_the_thread() -> None:
-    def fail() -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    with pytest.raises(OSError) as caught:
-        asyncio.run(in_thread(fail))
-    assert caught.value.errno == errno.ENOSPC

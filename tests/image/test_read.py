@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdbm.errors import CorruptError
-from nbdbm.image import blockfile
 from nbdbm.image.blockfile import ThreadedFile
 from nbdbm.image.image import Image
 from nbdbm.image.read import MIN_HOLE, _merge
@@ -87,7 +86,7 @@ def test_nothing_at_all(disk: tuple[Path, bytes]) -> None:
 
 def test_without_the_page_cache(disk: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every piece goes through a thread."""
-    monkeypatch.setattr(ThreadedFile, "_read_cached", lambda *args: 0)
+    monkeypatch.setattr(ThreadedFile, "read_now", lambda *args: 0)
     path, content = disk
 
     async def look(image: Image) -> None:
@@ -138,12 +137,12 @@ def test_disk_errors_keep_their_number(disk: tuple[Path, bytes], monkeypatch: py
 
     async def look(image: Image) -> None:
         await engine.read(image, 0, 1)
-        monkeypatch.setattr(ThreadedFile, "_read_cached", lambda *args: 0)
+        monkeypatch.setattr(ThreadedFile, "read_now", lambda *args: 0)
 
         def fail(*args: object) -> None:
             raise OSError(errno.EIO, "broken disk")
 
-        monkeypatch.setattr(ThreadedFile, "_fill", fail)
+        monkeypatch.setattr(ThreadedFile, "read_waiting", fail)
         with pytest.raises(OSError) as caught:
             await engine.read(image, 0, 30 * CLUSTER)
         assert caught.value.errno == errno.EIO
@@ -159,7 +158,7 @@ def test_cancelled_reads_leave_the_buffer_alone(
     """No view outlives its await: after the cancellation nobody writes into it."""
     import time
 
-    fill = ThreadedFile._fill
+    fill = ThreadedFile.read_waiting
 
     def slow(self: ThreadedFile, view: memoryview, offset: int) -> None:
         time.sleep(0.05)
@@ -167,8 +166,8 @@ def test_cancelled_reads_leave_the_buffer_alone(
 
     async def look(image: Image) -> None:
         await engine.read(image, 0, 1)
-        monkeypatch.setattr(ThreadedFile, "_read_cached", lambda *args: 0)
-        monkeypatch.setattr(ThreadedFile, "_fill", slow)
+        monkeypatch.setattr(ThreadedFile, "read_now", lambda *args: 0)
+        monkeypatch.setattr(ThreadedFile, "read_waiting", slow)
         buffer = bytearray(40 * CLUSTER)
         task = asyncio.ensure_future(image.read_into(memoryview(buffer), 0))
         await asyncio.sleep(0.01)
@@ -360,7 +359,3 @@ def test_reads_what_qemu_reads(name: str, gallery: images.Gallery, tmp_path: Pat
             assert hashlib.sha256(found).digest() == hashlib.sha256(expected).digest()
 
     engine.use(case.path, look, format=case.format, snapshot=wanted)
-
-
-def test_pool_is_the_processes() -> None:
-    assert blockfile.io_pool() is blockfile.io_pool()

@@ -270,8 +270,8 @@ def answered() -> Iterator[list[int]]:
     counts: list[int] = []
     serve = FastPath.serve
 
-    def spy(self: FastPath, events: list[Event]) -> tuple[list[Event], list[Event], bytes]:
-        left, rest, unsent = serve(self, events)
+    def spy(self: FastPath, events: list[Event], most: int) -> tuple[list[Event], list[Event], bytes]:
+        left, rest, unsent = serve(self, events, most)
         counts.append(len(events) - len(left) - len(rest))
         return left, rest, unsent
 
@@ -597,7 +597,7 @@ def test_a_slow_request_is_overtaken(place: Path, monkeypatch: pytest.MonkeyPatc
 
     async def work(server: Server, image: Image) -> None:
         gate = asyncio.Event()
-        read_cached, pread_into = ThreadedFile._read_cached, ThreadedFile.pread_into
+        read_cached, pread_into = ThreadedFile.read_now, ThreadedFile.pread_into
 
         def missing(self: ThreadedFile, view: memoryview, offset: int) -> int:
             return 0 if len(view) == 1234 else read_cached(self, view, offset)
@@ -606,7 +606,7 @@ def test_a_slow_request_is_overtaken(place: Path, monkeypatch: pytest.MonkeyPatc
             await gate.wait()
             await pread_into(self, view, offset)
 
-        monkeypatch.setattr(ThreadedFile, "_read_cached", missing)
+        monkeypatch.setattr(ThreadedFile, "read_now", missing)
         monkeypatch.setattr(ThreadedFile, "pread_into", slowly)
         client = await connect(server, "extended", fast=True)
         data = await first_data(image)

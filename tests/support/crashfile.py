@@ -146,7 +146,7 @@ class CrashFile(Unlocked):
         await self._turn()
         return self.read(offset, length)
 
-    async def pread_into(self, view: memoryview, offset: int) -> None:
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
         view[:] = await self.pread(offset, len(view))
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:

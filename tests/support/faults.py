@@ -88,7 +88,7 @@ class FaultFile:
             raise self.plan.failure(self.path, "pread", offset, length)
         return await self.inner.pread(offset, length)
 
-    async def pread_into(self, view: memoryview, offset: int) -> None:
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
         if self.plan.hits("pread"):
             raise self.plan.failure(self.path, "pread", offset, len(view))
         await self.inner.pread_into(view, offset)

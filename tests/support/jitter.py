@@ -60,7 +60,7 @@ class JitterFile:
         await self._wait()
         return data
 
-    async def pread_into(self, view: memoryview, offset: int) -> None:
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
         await self._wait()
         cut = self._cut(offset, len(view))
         await self.inner.pread_into(view[:cut], offset)

@@ -381,7 +381,7 @@ class PowerCutFile(Unlocked):
         await self._turns()
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
-    async def pread_into(self, view: memoryview, offset: int) -> None:
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
         view[:] = await self.pread(offset, len(view))
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
