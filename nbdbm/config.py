@@ -28,7 +28,7 @@ FORMATS = ("qcow2", "raw")
 DISCARD = ("unmap", "ignore")
 DETECT_ZEROES = ("off", "on", "unmap")
 
-DEFAULT_BUSY_POLL = 50
+DEFAULT_BUSY_POLL = 100
 MAX_BUSY_POLL = 1000
 """Microseconds: what a client on this machine takes for its next request, and what a vain wait may cost."""
 

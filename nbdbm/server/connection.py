@@ -42,6 +42,11 @@ BATCH_BYTES = 256 * 1024
 client works on the one while we work on the other, and other connections get their turn. Of 1 MiB, four
 reads of 256 KiB were served at half the rate, since client and server took turns."""
 
+BEGIN_AT_ONCE = 2
+"""Commands that are begun the general way in one turn of the event loop while there are other clients. One
+that misses the page cache takes ten times as long as one that does not: with whole batches begun at once, a
+client whose reads hit got 2 000 of them a second beside one whose reads miss; with two at a time, 7 000."""
+
 JOIN_BELOW = 32 * 1024
 """Pieces of replies below this size are joined to one write, in bytes; copying larger ones costs more than
 the call saved."""
@@ -119,10 +124,17 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         events = self._protocol.buffer_updated(nbytes)
-        if not self._answered_now(events):
-            self._pump()
-        elif (poll := self._poll) and len(events) == 1 and self._may_stay_awake and poll.begin():
+        idle = self._act_on(events)
+        if idle and (poll := self._poll) and len(events) == 1 and self._may_stay_awake and poll.begin():
             self._stay_awake(poll)
+
+    def _act_on(self, events: list[Event]) -> bool:
+        """Act on events; whether all is answered and sent already, and nothing else to be done."""
+        if self._answered_now(events):
+            return True
+        self._pump()
+        left = self._ahead or self._waiting or self._running or self._unsent or self._blocked
+        return not (left or self._ended)
 
     def _answered_now(self, events: list[Event]) -> bool:
         """Let the fast path do what it can; whether all is answered and sent, and nothing else to be done."""
@@ -140,16 +152,18 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Whether nobody else has to wait for the event loop meanwhile."""
         return self._server.alone and not (self._running or self._paused or self._ended or self._lost)
 
+    @property
+    def _begin_at_once(self) -> int:
+        """How many commands may begin the general way in this turn."""
+        return MAX_REQUESTS if self._server.alone else BEGIN_AT_ONCE
+
     def _stay_awake(self, poll: BusyPoll) -> None:
         """Answer requests that come one by one without going back to the event loop for each."""
         while count := poll.receive(self._protocol.get_buffer):
             events = self._protocol.buffer_updated(count)
-            if not self._answered_now(events):
-                self._pump()
+            if not self._act_on(events) or len(events) > 1:
+                # It waits for something, or several came at once: this client need not be waited for.
                 poll.stop()
-            elif len(events) > 1:
-                poll.stop()  # several at once: this client need not be waited for
-            if not poll.going_on:
                 return
         if poll.going_on:
             self._loop.call_soon(self._stay_awake_again, poll)
@@ -172,7 +186,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._unsent or self._blocked:
             return
         if self._server.bytes < self._server.max_bytes:
-            left, self._ahead, unsent = fast.serve(self._ahead)
+            left, self._ahead, unsent = fast.serve(self._ahead, self._begin_at_once)
         else:
             # Too many clients that take nothing: one command at a time.
             left, self._ahead, unsent = self._ahead, [], b""
@@ -308,9 +322,16 @@ class NbdConnection(asyncio.BufferedProtocol):
         waiting = self._waiting
         context = self._context
         queued = self._answered
-        while waiting and self._answered - queued < BATCH_BYTES and self._may_start(waiting[0][0]):
+        begun, most = 0, self._begin_at_once
+        while (
+            waiting
+            and begun < most
+            and self._answered - queued < BATCH_BYTES
+            and self._may_start(waiting[0][0])
+        ):
             assert context is not None  # commands follow a GO
             price, command = waiting.popleft()
+            begun += 1
             self._running += 1
             self._bytes += price
             self._server.bytes += price

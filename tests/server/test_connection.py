@@ -440,3 +440,32 @@ class TestEnds:
                 await client.close()
 
         run(main)
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_slow_commands_begin_a_few_at_a_time_beside_others(tmp_path: Path, clients: int) -> None:
+    async def main() -> None:
+        image = MemoryImage(CONTENT)
+        image.gate = asyncio.Event()
+        async with running(image, tmp_path) as (server, path):
+            busy = await connected(path)
+            others = [await connected(path) for _ in range(clients - 1)]
+            for cookie in range(32):
+                busy.read(cookie, cookie * 4096, 4096)
+            begun: list[int] = []
+            while image.reading < 32:
+                before = image.reading
+                await asyncio.sleep(0)
+                begun.append(image.reading - before)
+            if others:
+                assert max(begun) <= connection.BEGIN_AT_ONCE
+            else:
+                assert max(begun) > connection.BEGIN_AT_ONCE
+            image.gate.set()
+            replies = await busy.replies(32)
+            for cookie in range(32):
+                assert replies[cookie].data == CONTENT[cookie * 4096 :][:4096]
+            for client in (busy, *others):
+                await client.close()
+
+    run(main)
