@@ -128,6 +128,11 @@ class Export:
         return self._image.try_read
 
     @property
+    def try_send(self) -> Callable[[int, int], tuple[int, int] | None] | None:
+        """``Image.try_send``: (offset, length) -> (descriptor, place); None: nothing is sent so."""
+        return self._image.try_send if self.info.flags & TransmissionFlag.READ_ONLY else None
+
+    @property
     def try_write(self) -> Callable[[int, memoryview], bool]:
         """Write now if that needs no waiting; False: nothing was done that ``write`` does not do again."""
         return self._image.try_write

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from nbdbm.errors import ImageError
 from nbdbm.image.locks import lock, unlock
+from nbdbm.image.pagecache import cached
 from nbdbm.image.readahead import LARGEST, ReadAhead
 from nbdbm.image.threads import in_thread
 
@@ -57,6 +58,9 @@ class BlockFile(Protocol):
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` now if that needs no waiting (page cache); return False otherwise."""
+
+    def cached_fd(self, offset: int, length: int) -> int:
+        """A descriptor to send the range from if all of it is in the page cache; -1 otherwise."""
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         """What the range holds, as consecutive (data or hole, length), at most ``limit`` of them.
@@ -251,6 +255,10 @@ class ThreadedFile:
             await self._misses.read(view, offset)
         else:
             await in_thread(self.read_waiting, view[done:], offset + done)
+
+    def cached_fd(self, offset: int, length: int) -> int:
+        """A descriptor to send the range from, see BlockFile."""
+        return self.fd if offset + length <= self.size and cached(self.fd, offset, length) else -1
 
     def fetch(self, offset: int, length: int) -> None:
         """Tell the kernel to have the range in the page cache soon."""

@@ -291,6 +291,14 @@ class Image:
         view is left as it was) or ``read.LATER`` (its content is undefined)."""
         return self._reader.try_read(view, offset)
 
+    def try_send(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Where the range can be sent from without copying it, as (descriptor, place); None: ``read`` it.
+
+        What is sent is the page cache itself, until the client has taken it. So never while the image is
+        writable: a cluster may have another user by then.
+        """
+        return self._reader.try_send(offset, length) if self.read_only else None
+
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` from ``offset`` now, from cached tables and the page cache, or return False.
 

@@ -123,6 +123,15 @@ class Reader:
             fill_zeroes(view)
         return done != LATER
 
+    def try_send(self, offset: int, length: int) -> tuple[int, int] | None:
+        """The range as (descriptor, place in its file) if it is data in one piece, its table cached, and all
+        of it in the page cache."""
+        piece = self._one_piece(offset, length)
+        if piece is None:
+            return None
+        fd = piece.file.cached_fd(piece.host, length)
+        return None if fd < 0 else (fd, piece.host)
+
     def _one_piece(self, offset: int, length: int) -> Piece | None:
         """The range's only piece, if it is all data in one piece of a qcow2 layer and its table is cached."""
         for layer in self._layers:

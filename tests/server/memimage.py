@@ -93,6 +93,9 @@ class MemoryImage:
         finally:
             self.reading -= 1
 
+    def try_send(self, offset: int, length: int) -> None:
+        """It has no file."""
+
     def try_read(self, view: memoryview, offset: int) -> int:
         if self.gate is not None or any(offset <= at < offset + len(view) for at in self.failures):
             return LATER

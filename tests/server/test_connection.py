@@ -447,7 +447,7 @@ def test_slow_commands_begin_a_few_at_a_time_beside_others(tmp_path: Path, clien
     async def main() -> None:
         image = MemoryImage(CONTENT)
         image.gate = asyncio.Event()
-        async with running(image, tmp_path) as (server, path):
+        async with running(image, tmp_path) as (_, path):
             busy = await connected(path)
             others = [await connected(path) for _ in range(clients - 1)]
             for cookie in range(32):

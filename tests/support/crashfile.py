@@ -153,6 +153,9 @@ class CrashFile(Unlocked):
         view[:] = self.read(offset, len(view))
         return True
 
+    def cached_fd(self, offset: int, length: int) -> int:
+        return -1
+
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         return data_runs_of(self.size, offset, length, limit)
 

@@ -97,6 +97,9 @@ class FaultFile:
         # Where reads can fail everything goes the long way: this one has no way to report.
         return "pread" not in self.plan.kinds and self.inner.try_pread_into(view, offset)
 
+    def cached_fd(self, offset: int, length: int) -> int:
+        return -1
+
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         return await self.inner.data_runs(offset, length, limit)
 

@@ -71,6 +71,9 @@ class JitterFile:
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         return self._rng.random() < 0.3 and self.inner.try_pread_into(view, offset)
 
+    def cached_fd(self, offset: int, length: int) -> int:
+        return -1
+
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         await self._wait()
         return await self.inner.data_runs(offset, length, limit)

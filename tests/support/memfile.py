@@ -62,6 +62,9 @@ class MemoryFile:
         view[:] = bytes(self.data[offset : offset + len(view)]).ljust(len(view), b"\0")
         return True
 
+    def cached_fd(self, offset: int, length: int) -> int:
+        return -1
+
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         assert length > 0 and limit > 0
         inside = min(length, max(0, self.size - offset))

@@ -388,6 +388,9 @@ class PowerCutFile(Unlocked):
         view[:] = bytes(self.data[offset : offset + len(view)]).ljust(len(view), b"\0")
         return True
 
+    def cached_fd(self, offset: int, length: int) -> int:
+        return -1
+
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         return data_runs_of(self.size, offset, length, limit)
 
