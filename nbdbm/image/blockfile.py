@@ -361,9 +361,12 @@ class ThreadedFile:
                 return
         if not fallback:
             raise OSError(errno.ENOTSUP, "zeroes are not faster than data here", self.path)
-        for at in range(0, length, len(ZEROES)):
-            part = min(len(ZEROES), length - at)
-            self._pwrite(offset + at, memoryview(ZEROES)[:part])
+        at, end = offset, offset + length
+        while at < end:
+            # Cut at round places: two requests at the same time may not leave parts of both in one sector.
+            part = min(len(ZEROES) - at % len(ZEROES), end - at)
+            self._pwrite(at, memoryview(ZEROES)[:part])
+            at += part
 
     async def discard(self, offset: int, length: int) -> None:
         """Give the range's space back where the host can; its content is undefined afterwards."""

@@ -408,8 +408,9 @@ class Writer:
         for start, part in await self._to_zero(offset, length):
             at = 0
             while at < part:
-                chunk = memoryview(_ZEROES)[: min(ZERO_CHUNK, part - at)]
-                at += await self._write_some(start + at, chunk)
+                # Cut at round places, as in ``ThreadedFile._zero``.
+                most = ZERO_CHUNK - (start + at) % ZERO_CHUNK
+                at += await self._write_some(start + at, memoryview(_ZEROES)[: min(most, part - at)])
 
     async def _zero_units(self, first: int, last: int, punch: bool, fast: bool) -> None:
         """Make whole subclusters [first, last) of one slice, whose clusters are locked, read as zeroes."""

@@ -62,8 +62,10 @@ def freed_at_once(patch: MonkeyPatch) -> None:
             await self.allocator.count(cluster)
         return await table(self, offset)
 
-    def free_now(self: Metadata, offset: int, where: Table, unlinked: Iterable[int] = ()) -> None:
-        changed(self, offset, where)
+    def free_now(
+        self: Metadata, offset: int, where: Table, unlinked: Iterable[int] = (), *, count: int = 1
+    ) -> None:
+        changed(self, offset, where, count=count)
         _free_now(self.allocator, unlinked)
 
     patch.setattr(Metadata, "table", load_counts_too)

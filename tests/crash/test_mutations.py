@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -25,7 +26,7 @@ pytestmark = requires("qemu-img", "qemu-io")
         (mutants.mapping_before_data, "backing", "allocating", "permitted are"),
         (mutants.mapping_before_data, "small-clusters", "growing", ""),
         (mutants.tables_not_blanked, "small-clusters", "tables-anew", "L2 table"),
-        (mutants.linked_before_written, "backing", "many-flushes", "permitted are"),
+        (mutants.linked_before_written, "backing", "many-flushes", "permitted are|past the file's end"),
         (mutants.linked_before_written, "data-file-backing", "many-flushes", "permitted are"),
         (mutants.counted_down_early, "v3", "reuse-after-trim", "has refcount 0"),
         (mutants.counted_down_early, "snapshot", "reuse-after-rewrite", "has refcount"),
@@ -42,7 +43,7 @@ def test_a_power_failure_tells(mutant: mutants.Mutant, kind: str, name: str, wor
         assert not await first_problem(careful, states=40)
         careless = await record(KINDS[kind], made(KINDS[kind]), what, mutant=mutant)
         problems = await first_problem(careless, states=3000)
-        assert problems and any(words in problem for problem in problems), problems
+        assert problems and any(re.search(words, problem) for problem in problems), problems
 
     drive(main())
 

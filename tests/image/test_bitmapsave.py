@@ -168,12 +168,19 @@ class LateFile(FaultFile):
         self.reads = 0
 
     async def pread(self, offset: int, length: int) -> bytes:
+        await self._late(offset)
+        return await super().pread(offset, length)
+
+    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
+        await self._late(offset)
+        await super().pread_into(view, offset, hot=hot)
+
+    async def _late(self, offset: int) -> None:
         if offset == self.at:
             self.reads += 1
             await self.gate.wait()
             if self.failing:
                 raise OSError(errno.EIO, "no luck", self.path)
-        return await super().pread(offset, length)
 
     def reopen(self, *, writable: bool) -> None:
         self.writable = writable
