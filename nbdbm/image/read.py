@@ -13,16 +13,13 @@ A read is planned first and carried out then::
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from nbdbm.errors import FormatError
 from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile, fill_zeroes
-from nbdbm.image.cache import ClusterCache
 from nbdbm.image.clusters import ClusterMap
-from nbdbm.image.threads import in_thread
-from nbdbm.qcow2.compressed import CompressedDescriptor
+from nbdbm.image.unpack import Packed, Unpacker
 from nbdbm.qcow2.mapping import ABSENT, BLANK, Kind
 
 PARALLEL = 16
@@ -30,12 +27,6 @@ PARALLEL = 16
 
 NOWAIT_BATCH = 64
 """Pieces read from the page cache before other requests get their turn."""
-
-INLINE_CLUSTER = 8 * 1024
-"""Bytes; decompressing no more than this takes less time than handing it to a thread."""
-
-UNPACK_BATCH = 8
-"""Clusters decompressed per visit of a thread."""
 
 MIN_HOLE = 4096
 """Bytes; zeroes between data that are not worth a chunk of their own on the wire."""
@@ -60,18 +51,6 @@ class Piece(NamedTuple):
     length: int
 
 
-class Packed(NamedTuple):
-    """``length`` bytes from ``within`` of a compressed cluster that belong at ``at``."""
-
-    layer: Layer
-    entry: int
-    guest: int
-    """Offset of the cluster on its layer's disk."""
-    within: int
-    at: int
-    length: int
-
-
 class Plan:
     """What one read takes."""
 
@@ -89,11 +68,11 @@ class Reader:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
-        self._clusters = ClusterCache()
+        self._unpacker = Unpacker()
 
     async def close(self) -> None:
         """Wait for what is still loading."""
-        await self._clusters.close()
+        await self._unpacker.close()
 
     # -- the short way -------------------------------------------------------------------------
 
@@ -221,8 +200,7 @@ class Reader:
             work = iter(left)
             waiting += [_read_pieces(work, view) for _ in range(min(PARALLEL, len(left)))]
         if plan.packed:
-            batches = _batches(plan.packed)
-            waiting += [self._unpack_batches(batches, view) for _ in range(min(PARALLEL, len(plan.packed)))]
+            waiting.append(self._unpacker.fill(plan.packed, view))
         if len(waiting) == 1:
             await waiting[0]
         elif waiting:
@@ -230,69 +208,6 @@ class Reader:
             for result in await asyncio.gather(*waiting, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
-
-    # -- compressed clusters -------------------------------------------------------------------
-
-    async def _unpack_batches(self, batches: Iterator[list[Packed]], view: memoryview) -> None:
-        for batch in batches:
-            size = batch[0].layer.header.cluster_size if batch[0].layer.header else 0
-            whole = [piece for piece in batch if piece.length == size]
-            if whole:
-                for piece, data in zip(whole, await self._unpack(whole), strict=True):
-                    view[piece.at : piece.at + size] = data
-            for piece in batch:
-                if piece.length != size:
-                    data = await self._cluster(piece)
-                    view[piece.at : piece.at + piece.length] = data[
-                        piece.within : piece.within + piece.length
-                    ]
-
-    async def _cluster(self, piece: Packed) -> bytes:
-        """The whole cluster of a piece, kept: neighbouring small reads are likely to want it."""
-        clusters = piece.layer.map
-        assert clusters is not None
-
-        async def load() -> bytes:
-            return (await self._unpack([piece]))[0]
-
-        number = piece.guest >> clusters.geometry.cluster_bits
-        return await self._clusters.load(clusters.tag + number, load)
-
-    async def _unpack(self, batch: list[Packed]) -> list[bytes]:
-        """Read and decompress whole clusters of one layer."""
-        layer = batch[0].layer
-        clusters, decompress = layer.map, layer.decompress
-        assert clusters is not None and decompress is not None
-        size = clusters.geometry.cluster_size
-        packed: list[bytes] = []
-        for piece in batch:
-            try:
-                where = CompressedDescriptor.parse(clusters.geometry, piece.entry)
-            except FormatError as error:
-                raise clusters.complain_entry(piece.guest, error) from error
-            if where.host_offset >= clusters.file.size:
-                beyond = FormatError("L2 entry", piece.entry, "its compressed data lies past the file's end")
-                raise clusters.complain_entry(piece.guest, beyond)
-            # The last sector may be cut by the end of the file: the data has ended before.
-            packed.append(await clusters.file.pread(where.host_offset, where.length))
-
-        def unpack() -> list[bytes | FormatError]:
-            done: list[bytes | FormatError] = []
-            for data in packed:
-                try:
-                    done.append(decompress(data, size))
-                except FormatError as error:
-                    done.append(error)
-                    break
-            return done
-
-        done = unpack() if size * len(packed) <= INLINE_CLUSTER else await in_thread(unpack)
-        results: list[bytes] = []
-        for piece, result in zip(batch, done, strict=False):
-            if isinstance(result, FormatError):
-                raise clusters.complain_entry(piece.guest, result) from result
-            results.append(result)
-        return results
 
 
 async def _plan_raw(plan: Plan, layer: Layer, start: int, length: int, offset: int, sparse: bool) -> None:
@@ -340,18 +255,6 @@ async def _read_pieces(work: Iterable[Piece], view: memoryview) -> None:
     """Read one piece after the other; several of these share one iterator."""
     for file, host, at, length in work:
         await file.pread_into(view[at : at + length], host, hot=False)
-
-
-def _batches(packed: list[Packed]) -> Iterator[list[Packed]]:
-    """Pieces of the same layer, a few at a time."""
-    batch: list[Packed] = []
-    for piece in packed:
-        if batch and (len(batch) == UNPACK_BATCH or batch[0].layer is not piece.layer):
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
 
 
 def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

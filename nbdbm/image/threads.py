@@ -31,9 +31,12 @@ are to have their turns between."""
 class _Job(Generic[T]):
     """One call, and who waits for its end."""
 
-    __slots__ = ("args", "delivered", "delivery", "error", "free", "function", "future", "result")
+    __slots__ = ("args", "delivered", "delivery", "error", "free", "function", "future", "pool", "result")
 
-    def __init__(self, function: Callable[..., T], args: tuple[Any, ...], delivery: _Delivery) -> None:
+    def __init__(
+        self, pool: Pool, function: Callable[..., T], args: tuple[Any, ...], delivery: _Delivery
+    ) -> None:
+        self.pool = pool
         self.function = function
         self.args = args
         self.delivery = delivery
@@ -84,7 +87,7 @@ class _Delivery:
                 return
             job = self._results.popleft()
             job.delivered = True
-            POOL.outstanding -= 1
+            job.pool.outstanding -= 1
             if job.future.done():
                 continue  # its waiter was cancelled, and looks at ``delivered`` before it waits again
             if job.error is not None:
@@ -97,10 +100,12 @@ class _Delivery:
             self.loop.call_soon(self._deliver)
 
 
-class _Pool:
-    """The process's threads. They end with it: whoever gave them work has waited for its end."""
+class Pool:
+    """At most ``limit`` threads. They end with the process: whoever gave them work has waited for its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int, name: str) -> None:
+        self._limit = limit
+        self._name = name
         self.outstanding = 0
         """Jobs handed over and not delivered. With loops in several threads a guess, which is enough."""
         self._threads = 0
@@ -109,9 +114,9 @@ class _Pool:
     def submit(self, job: _Job[Any]) -> None:
         """Have a thread carry out ``job``."""
         self.outstanding += 1
-        if self.outstanding > self._threads < IO_THREADS:
+        if self.outstanding > self._threads < self._limit:
             self._threads += 1
-            threading.Thread(target=self._work, name=f"nbdbm-io-{self._threads}", daemon=True).start()
+            threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -120,12 +125,19 @@ class _Pool:
             self._jobs.get().run()
 
 
-POOL = _Pool()
+POOL = Pool(IO_THREADS, "nbdbm-io")
+"""For calls that wait for disks."""
+
 _delivery: _Delivery | None = None
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a blocking call in a thread.
+    """Run a call that may wait for a disk in a thread, see ``in_pool``."""
+    return await in_pool(POOL, function, *args)
+
+
+async def in_pool(pool: Pool, function: Callable[..., T], *args: Any) -> T:
+    """Run a call in a thread of ``pool``.
 
     Cancellation waits until the call has ended: a thread may be filling a buffer whose owner would
     otherwise give it to somebody else.
@@ -135,8 +147,8 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     delivery = _delivery
     if delivery is None or delivery.loop is not loop:
         delivery = _delivery = _Delivery(loop)
-    job = _Job(function, args, delivery)
-    POOL.submit(job)
+    job = _Job(pool, function, args, delivery)
+    pool.submit(job)
     try:
         return await job.future
     except asyncio.CancelledError:
@@ -145,7 +157,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         except IndexError:
             await _end_of(job)
         else:
-            POOL.outstanding -= 1
+            pool.outstanding -= 1
         raise
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nbdbm.errors import FormatError
 from nbdbm.qcow2.constants import COMPRESSED, COMPRESSED_SECTOR, OFFSET_MASK, CompressionType
@@ -20,7 +20,11 @@ MAX_FRAMES = 16
 """zstd frames in one cluster. QEMU writes one and reads any number; thousands of empty frames would cost
 a copy of the rest each."""
 
-Decompressor = Callable[[bytes, int], bytes]
+Data = bytes | memoryview
+
+Content = bytes | bytearray
+
+Decompressor = Callable[[Data, int], Content]
 """(compressed bytes, trailing garbage included; cluster size) -> exactly one cluster."""
 
 
@@ -63,24 +67,37 @@ def decompressor(compression_type: int) -> Decompressor:
 
 
 def _zlib() -> Decompressor:
-    new: Callable[[int], Any]
-    broken: Any
+    """The short way for what everybody writes, a stream that ends where the cluster is full; ``_zlib_exact``
+    judges everything else, in its words. (Of damaged streams libdeflate takes one in many thousands that
+    zlib refuses; no checksum would tell that the others are damaged.)"""
+    exact = _zlib_exact()
     try:
-        # The same interface at more than twice the speed.
-        from isal import igzip_lib, isal_zlib
-
-        new, broken = isal_zlib.decompressobj, igzip_lib.IsalError
+        import deflate
     except ImportError:
-        import zlib
+        return exact
 
-        new, broken = zlib.decompressobj, zlib.error
+    def decompress(data: Data, cluster_size: int) -> Content:
+        try:
+            # Never more than this is allocated; a stream that goes on is an error here.
+            out = deflate.deflate_decompress(data, cluster_size)
+            if len(out) == cluster_size:
+                return out
+        except deflate.DeflateError:
+            pass
+        return exact(data, cluster_size)
 
-    def decompress(data: bytes, cluster_size: int) -> bytes:
+    return decompress
+
+
+def _zlib_exact() -> Decompressor:
+    import zlib
+
+    def decompress(data: Data, cluster_size: int) -> Content:
         try:
             # Raw deflate with the largest window: QEMU writes with 4 KiB, others may not.
             # The stream need not end where the cluster is full (QEMU accepts that too).
-            out: bytes = new(-15).decompress(data, cluster_size)
-        except broken as error:
+            out = zlib.decompressobj(-15).decompress(data, cluster_size)
+        except zlib.error as error:
             raise FormatError("compressed cluster", None, f"damaged zlib data ({error})") from error
         if len(out) != cluster_size:
             raise FormatError("compressed cluster", None, f"zlib data ends after {len(out)} bytes")
@@ -90,12 +107,43 @@ def _zlib() -> Decompressor:
 
 
 def _zstd() -> Decompressor:
+    """The short way for what QEMU writes, one frame that says it holds a cluster; ``_zstd_exact`` judges
+    everything else, so that verdicts do not depend on what is installed."""
+    exact = _zstd_exact()
+    try:
+        import zstandard
+    except ImportError:
+        return exact
+    idle: list[zstandard.ZstdDecompressor] = []
+    """Making one takes longer than decompressing most clusters. One thread at a time may use it."""
+
+    def decompress(data: Data, cluster_size: int) -> Content:
+        try:
+            # What the frame says it holds is allocated before anything is decompressed; its history takes
+            # no more than that either.
+            if zstandard.frame_content_size(data) == cluster_size:
+                try:
+                    context = idle.pop()
+                except IndexError:
+                    context = zstandard.ZstdDecompressor()
+                out = context.decompress(data)
+                idle.append(context)
+                if len(out) == cluster_size:
+                    return out
+        except zstandard.ZstdError:
+            pass
+        return exact(data, cluster_size)
+
+    return decompress
+
+
+def _zstd_exact() -> Decompressor:
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
         from backports import zstd
 
-    def decompress(data: bytes, cluster_size: int) -> bytes:
+    def decompress(data: Data, cluster_size: int) -> Content:
         out = b""
         try:
             for _ in range(MAX_FRAMES):

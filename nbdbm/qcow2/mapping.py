@@ -126,6 +126,9 @@ class L2Decoder:
         return self._locate_run(words, offset, length)
 
     def _locate_run(self, words: array[int], offset: int, length: int) -> int:
+        index = (offset >> self._cluster_bits) & self._index_mask
+        if words[2 * index if self.geometry.extended_l2 else index] & COMPRESSED:
+            return UNKNOWN  # whatever follows; to look at all of it would be in vain
         try:
             runs = self.runs(words, offset, length)
         except FormatError:

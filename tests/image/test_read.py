@@ -3,7 +3,6 @@ import errno
 import hashlib
 import os
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdbm.errors import CorruptError
 from nbdbm.image.blockfile import ThreadedFile
 from nbdbm.image.image import Image
 from nbdbm.image.read import MIN_HOLE, _merge
-from nbdbm.qcow2.constants import COMPRESSED, COPIED
 from tests.support import engine, images, qcow2build
 from tests.support.marks import requires
 from tests.support.qemu import SYSTEM
@@ -208,118 +205,6 @@ def test_raw_holes(tmp_path: Path) -> None:
 def test_merge() -> None:
     assert _merge([(10, 5), (0, 3), (3, 7), (20, 1)]) == [(0, 15), (20, 1)]
     assert _merge([]) == []
-
-
-# -- compressed clusters
-
-
-def deflate(data: bytes) -> bytes:
-    stream = zlib.compressobj(9, zlib.DEFLATED, -12)
-    return stream.compress(data) + stream.flush()
-
-
-def packed_image(path: Path, bits: int, payloads: list[bytes], *, cut: bool = False) -> None:
-    """An image whose clusters are compressed, one payload right behind the other; with ``cut`` the file
-    ends with the last payload's last byte."""
-    cluster = 1 << bits
-    image = qcow2build.Image(
-        size=len(payloads) * cluster,
-        cluster_bits=bits,
-        clusters=dict.fromkeys(range(len(payloads)), COMPRESSED),
-    )
-    data = bytearray(image.build())
-    l1 = qcow2build.get_field(data, "l1_table_offset")
-    table = struct.unpack_from(">Q", data, l1)[0] & ~COPIED
-    for number, payload in enumerate(payloads):
-        at = len(data)
-        data += payload
-        more = (at + len(payload) - 1) // 512 - at // 512
-        struct.pack_into(">Q", data, table + 8 * number, COMPRESSED | more << 62 - (bits - 8) | at)
-    path.write_bytes(data + (b"" if cut else bytes(-len(data) % cluster)))
-
-
-@pytest.mark.parametrize("bits", [9, 12, 16])
-@pytest.mark.parametrize("cut", [True, False])
-def test_compressed(tmp_path: Path, bits: int, cut: bool) -> None:
-    """Payloads of all lengths cross sectors and host clusters; the last sector may be cut short."""
-    cluster = 1 << bits
-    contents = [
-        os.urandom(share) + text(n, cluster - share)
-        for n, share in enumerate([0, cluster // 2, cluster - 50, cluster // 3, 7, 0, cluster - 1] * 3)
-    ]
-    packed_image(tmp_path / "disk", bits, [deflate(content) for content in contents], cut=cut)
-    whole = b"".join(contents)
-
-    async def look(image: Image) -> None:
-        assert await engine.read_all(image) == whole
-        for offset in range(0, len(whole) - 100, cluster // 3 + 1):
-            length = min(3 * cluster // 2, len(whole) - offset)
-            assert await engine.read(image, offset, length) == whole[offset : offset + length]
-            assert await engine.read(image, offset, 10) == whole[offset : offset + 10]
-
-    engine.use(tmp_path / "disk", look)
-
-
-def test_small_reads_of_a_cluster_share_its_decompression(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = text(1, 65536)
-    packed_image(tmp_path / "disk", 16, [deflate(content)])
-
-    async def look(image: Image) -> None:
-        calls = []
-        layer = image._layers[0]
-        decompress = layer.decompress
-        assert decompress is not None
-
-        def count(data: bytes, size: int) -> bytes:
-            calls.append(size)
-            return decompress(data, size)
-
-        layer.decompress = count
-        reads = [engine.read(image, at, 100) for at in range(0, 65000, 1000)]
-        assert b"".join(await asyncio.gather(*reads)) == b"".join(
-            content[at : at + 100] for at in range(0, 65000, 1000)
-        )
-        assert calls == [65536]
-
-    engine.use(tmp_path / "disk", look)
-
-
-@pytest.mark.parametrize("bits", [12, 16])
-def test_damaged_compressed_data(tmp_path: Path, bits: int) -> None:
-    cluster = 1 << bits
-    good = deflate(text(1, cluster))
-    packed_image(tmp_path / "disk", bits, [good, b"\xff" * 600, good, deflate(b"short")])
-
-    async def look(image: Image) -> None:
-        for _ in range(2):
-            assert await engine.read(image, 0, cluster) == text(1, cluster)
-            assert await engine.read(image, 2 * cluster, cluster) == text(1, cluster)
-            for number, what in ((1, "damaged zlib"), (3, "ends after 5 bytes")):
-                for length in (10, cluster):
-                    with pytest.raises(CorruptError, match=f"L2 table 0, index {number} .*{what}") as caught:
-                        await engine.read(image, number * cluster, length)
-                    assert caught.value.errno == errno.EIO
-        with pytest.raises(CorruptError, match="index 1"):
-            await engine.read_all(image)
-
-    engine.use(tmp_path / "disk", look)
-
-
-def test_compressed_data_past_the_end(tmp_path: Path) -> None:
-    path = tmp_path / "disk"
-    packed_image(path, 12, [deflate(text(1, 4096)), deflate(text(2, 4096))], cut=True)
-    data = path.read_bytes()
-    table = struct.unpack_from(">Q", data, qcow2build.get_field(data, "l1_table_offset"))[0] & ~COPIED
-    qcow2build.patch_bytes(path, table + 8, struct.pack(">Q", COMPRESSED | len(data)))
-
-    async def look(image: Image) -> None:
-        assert await engine.read(image, 0, 4096) == text(1, 4096)
-        with pytest.raises(CorruptError, match=r"index 1 .*past the file's end"):
-            await engine.read(image, 4096, 1)
-
-    engine.use(path, look)
 
 
 # -- what QEMU makes, read as QEMU reads it

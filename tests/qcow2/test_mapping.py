@@ -103,6 +103,20 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("variant", ["v3", "extended"])
+def test_locate_beside_compressed_clusters(variant: str) -> None:
+    walker = decoder(variant)
+    step = walker.geometry.words_per_entry
+    words = array("Q", bytes(walker.geometry.slice_bytes))
+    words[step] = COMPRESSED | 0x50000
+    words[2 * step] = COPIED | 0x60000
+    if step == 2:
+        words[2 * step + 1] = (1 << 32) - 1  # all of its subclusters are allocated
+    assert walker.locate(words, SIZE, 2 * SIZE) == UNKNOWN
+    assert walker.locate(words, SIZE + 5, 7) == UNKNOWN
+    assert walker.locate(words, 2 * SIZE + 5, 7) == 0x60005
+
+
 @pytest.mark.parametrize("variant, entry, text", list(CASES.values()), ids=list(CASES))
 def test_invalid(variant: str, entry: int, text: str) -> None:
     walker = decoder(variant)
