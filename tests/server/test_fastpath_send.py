@@ -192,6 +192,32 @@ def test_a_file_that_is_cut_while_it_is_sent(disk: tuple[Path, bytes], tmp_path:
     run(main)
 
 
+def test_a_file_system_that_cannot(disk: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once; everything is read instead."""
+    asked: list[int] = []
+
+    def refuse(out: int, fd: int, offset: int, count: int) -> int:
+        asked.append(count)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(fastpath.os, "sendfile", refuse)
+
+    async def main() -> None:
+        async with serving(disk[0]) as (server, image):
+            await engine.read_all(image)
+            client = await connect(server, "structured", fast=True)
+            requests = [Request(READ, n, n * MIB, MIB) for n in range(8)]
+            replies = Replies("structured", requests)
+            for each in requests:
+                client.send(each.pack("structured"))
+                await replies.take(client.reader)
+            assert len(asked) == 1
+            assert all(replies.found[n].data == disk[1][n * MIB : (n + 1) * MIB] for n in range(8))
+            await client.close()
+
+    run(main)
+
+
 def test_a_failure_after_the_header_ends_the_connection(
     disk: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
