@@ -178,11 +178,15 @@ class Writer:
         """
         geometry = self._geometry
         size = geometry.cluster_size
-        await self._clusters.map(offset, len(data))  # judges all entries: none that is wrong is built upon
-        table = await self._metadata.table(offset)
-        if self._in_place(table, offset, len(data))[1]:
-            return 0  # somebody else has just allocated it: look again
         within = offset & geometry.cluster_mask
+        wanted = -(-(within + len(data)) // size)
+        table = await self._metadata.table(offset)
+        if self._editor.blank(table.words, offset, len(data)) < wanted:
+            # Judges all entries: none that is wrong is built upon.
+            await self._clusters.map(offset, len(data))
+            table = await self._metadata.table(offset)
+            if self._in_place(table, offset, len(data))[1]:
+                return 0  # somebody else has just allocated it: look again
         owned = self._editor.owned(table.words, offset)
         if owned is not None and self._inside(owned):
             part = min(len(data), size - within)
@@ -193,7 +197,6 @@ class Writer:
             await self._fill(offset, data[:part], offset - within, fresh=False)
             return part
         # As many clusters as lie side by side in the file and need the same.
-        wanted = -(-(within + len(data)) // size)
         count = max(1, self._editor.blank(table.words, offset, len(data)))
         while count < wanted and self._editor.owned(table.words, offset - within + count * size) is None:
             count += 1
