@@ -181,7 +181,14 @@ class FastPath:
             _read(fd, memoryview(rest), place + sent)
         except OSError as error:
             # The reply's header has gone: all that can be said is nothing more.
-            log.error("a read failed after its reply had begun, so the connection ends: %s", error)
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            log.error(
+                "%s: reading %d bytes at %d failed after the reply had begun, so the connection ends: %s",
+                path,
+                len(rest),
+                place + sent,
+                error.strerror,
+            )
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
             return b""

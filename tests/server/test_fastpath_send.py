@@ -239,4 +239,5 @@ def test_a_failure_after_the_header_ends_the_connection(
             await client.close()
 
     run(main)
-    assert "a read failed after its reply had begun" in caplog.text
+    assert f"{disk[0]}: reading {MIB} bytes at " in caplog.text
+    assert "so the connection ends: Input/output error" in caplog.text
