@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "nbdbm"
 
-LEAVES = {"errors", "extents", "inline", "runs", "metrics", "config", "uri"}
+LEAVES = {"errors", "extents", "inline", "runs", "metrics", "config", "peer", "uri"}
 PURE_FORBIDDEN = {"asyncio", "os", "socket", "time", "threading", "selectors", "concurrent"}
 PURE = {"nbd", "qcow2", "bitmaps"}
 
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"_speed"},
     "metrics": set(),
     "config": {"errors"},
+    "peer": set(),
     "uri": {"errors"},
     "nbd": {"errors", "extents", "runs"},
     "qcow2": {"errors", "runs"},
@@ -33,16 +34,17 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "extents",
         "metrics",
+        "peer",
         "image",
         "bitmaps",
         "nbd.constants",
         "nbd.catalog",
         "nbd.metacontext",
     },
-    "server": {"errors", "extents", "inline", "metrics", "nbd", "exports", "config", "uri"},
+    "server": {"errors", "extents", "inline", "metrics", "nbd", "exports", "config", "peer", "uri"},
     "client": {"errors", "extents", "nbd", "uri", "clientlink"},
     "clientlink": {"errors", "nbd", "uri"},
-    "control": {"errors", "server", "exports", "metrics"},
+    "control": {"errors", "server", "exports", "metrics", "peer"},
     "cli": {
         "errors",
         "extents",

@@ -20,6 +20,7 @@ from nbdbm.inline import run_inline
 from nbdbm.nbd.constants import NbdErrno, Rep
 from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import Context, answer, cost
@@ -70,8 +71,10 @@ class NbdConnection(asyncio.BufferedProtocol):
     has started may be changing metadata. The server is told by ``forget`` once nothing of it is left.
     """
 
-    def __init__(self, server: Server, sock: socket.socket | None = None) -> None:
+    def __init__(self, server: Server, sock: socket.socket | None = None, peer: Peer = UNKNOWN) -> None:
         """``sock``: the transport's own socket, if what is written to it goes out as it is (no TLS)."""
+        self.peer = peer
+        """The client; TLS replaces it with what it knows better."""
         self._server = server
         self._socket = sock
         self._loop = asyncio.get_running_loop()

@@ -11,11 +11,13 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import MutableMapping
 from contextlib import suppress
 
 from nbdbm.config import DEFAULT_HOST, DEFAULT_PORT, MAX_SOCKET_PATH, ListenConfig
 from nbdbm.errors import UsageError
+from nbdbm.peer import Peer
 from nbdbm.uri import NbdUri
 
 log = logging.getLogger(__name__)
@@ -243,6 +245,26 @@ def prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A client whose machine vanished must not keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+_CREDENTIALS = struct.Struct("3i")
+"""``struct ucred``: process, user and group (unix(7))."""
+
+
+def peer_of(sock: socket.socket, address: object) -> Peer:
+    """Who connected: ``sock`` is the accepted socket, ``address`` what accept() said."""
+    if sock.family == socket.AF_UNIX:
+        try:
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return Peer(address="unix")
+        pid, uid, gid = _CREDENTIALS.unpack(raw)
+        return Peer(address="unix", pid=pid, uid=uid, gid=gid)
+    if not isinstance(address, tuple) or not isinstance(address[0], str):
+        return Peer(address="unknown")
+    host = address[0].partition("%")[0]
+    shown = f"[{address[0]}]" if sock.family == socket.AF_INET6 else host
+    return Peer(address=f"{shown}:{address[1]}", host=host)
 
 
 def notify(address: str | None, message: str) -> None:

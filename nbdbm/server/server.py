@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from nbdbm.config import ServerConfig
 from nbdbm.exports import ExportRegistry
+from nbdbm.peer import Peer
 from nbdbm.server.buffers import BufferPool
 from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
-from nbdbm.server.listener import Listener, prepare
+from nbdbm.server.listener import Listener, peer_of, prepare
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Server:
             if not self._accepting:
                 return
             try:
-                sock, _address = listening.accept()
+                sock, address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -114,7 +115,7 @@ class Server:
                 self._pause = asyncio.get_running_loop().call_later(ACCEPT_PAUSE, self._resume)
                 self._watch()
                 return
-            task = asyncio.get_running_loop().create_task(self._connect(sock))
+            task = asyncio.get_running_loop().create_task(self._connect(sock, peer_of(sock, address)))
             self._connecting.add(task)
             task.add_done_callback(self._connected)
             self._watch()
@@ -127,16 +128,18 @@ class Server:
         self._connecting.discard(task)
         self._watch()
 
-    async def _connect(self, sock: socket.socket) -> None:
+    async def _connect(self, sock: socket.socket, peer: Peer) -> None:
         try:
             prepare(sock)
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: self._new_connection(sock), sock)
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: self._new_connection(sock, peer), sock
+            )
         except OSError as error:
             log.debug("a client was gone before it was served: %s", error)
             sock.close()
 
-    def _new_connection(self, sock: socket.socket) -> NbdConnection:
-        connection = NbdConnection(self, sock)
+    def _new_connection(self, sock: socket.socket, peer: Peer) -> NbdConnection:
+        connection = NbdConnection(self, sock, peer)
         self._connections.add(connection)
         self._empty.clear()
         return connection

@@ -12,7 +12,7 @@ import pytest
 from nbdbm.config import ListenConfig
 from nbdbm.errors import UsageError
 from nbdbm.server import listener as listeners
-from nbdbm.server.listener import UnixListener, bind, bind_tcp, inherited, notify, prepare
+from nbdbm.server.listener import UnixListener, bind, bind_tcp, inherited, notify, peer_of, prepare
 
 
 def connect(path: Path) -> None:
@@ -292,3 +292,25 @@ class TestNotify:
         assert not caplog.records
         notify(str(tmp_path / "gone"), "READY=1")
         assert "gone: No such file" in caplog.text
+
+
+class TestPeer:
+    def test_of_a_unix_socket_is_the_process(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            peer = peer_of(ours, "")
+        assert (peer.address, peer.pid, peer.uid, peer.gid) == ("unix", os.getpid(), os.getuid(), os.getgid())
+        assert peer.host is None
+
+    @pytest.mark.parametrize(
+        ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")], ids=["v4", "v6"]
+    )
+    def test_of_tcp_is_the_address(self, host: str, shown: str) -> None:
+        with socket.create_server(
+            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        ) as server, socket.create_connection(server.getsockname()[:2]) as client:
+            accepted, address = server.accept()
+            with accepted:
+                peer = peer_of(accepted, address)
+            port = client.getsockname()[1]
+        assert (peer.host, peer.address, peer.pid) == (host, f"{shown}:{port}", None)
