@@ -174,7 +174,9 @@ def test_with_and_without_the_transports_socket(
     """Past the transport or through it (as TLS needs): the client gets the same, slow as it may be."""
     if not direct:
         new = connection.NbdConnection.__init__
-        monkeypatch.setattr(connection.NbdConnection, "__init__", lambda self, server, _: new(self, server))
+        monkeypatch.setattr(
+            connection.NbdConnection, "__init__", lambda self, server, _, peer: new(self, server, None, peer)
+        )
 
     async def main() -> None:
         async with running(MemoryImage(CONTENT), tmp_path) as (server, path):

@@ -306,9 +306,12 @@ class TestPeer:
         ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")], ids=["v4", "v6"]
     )
     def test_of_tcp_is_the_address(self, host: str, shown: str) -> None:
-        with socket.create_server(
-            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        ) as server, socket.create_connection(server.getsockname()[:2]) as client:
+        with (
+            socket.create_server(
+                (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+            ) as server,
+            socket.create_connection(server.getsockname()[:2]) as client,
+        ):
             accepted, address = server.accept()
             with accepted:
                 peer = peer_of(accepted, address)
