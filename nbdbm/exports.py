@@ -260,9 +260,9 @@ class ExportRegistry:
             raise UsageError(f"export name {name!r} is used twice")
         self._exports[name] = export
 
-    def names(self) -> Sequence[str]:
-        """Names to list, in the order in which they were added."""
-        return tuple(self._exports)
+    def listing(self) -> Sequence[tuple[str, str]]:
+        """Names and descriptions to list, in the order in which they were added."""
+        return tuple((name, export.info.description) for name, export in self._exports.items())
 
     def info(self, name: str) -> ExportInfo | None:
         """What a client may know of the export of exactly this name, or None."""

@@ -228,7 +228,7 @@ class TestRegistry:
         a, b = export_of(MemoryImage(b""), name="a"), export_of(MemoryImage(b""), name="")
         registry.add(a)
         registry.add(b)
-        assert registry.names() == ("a", "")
+        assert registry.listing() == (("a", ""), ("", ""))
         assert registry.get("") is b and registry.info("a") is a.info
         assert registry.get("c") is None and registry.info("c") is None
 
@@ -249,7 +249,7 @@ class TestRegistry:
 
         asyncio.run(close_twice())
         assert image.closes == 1
-        assert registry.names() == ()
+        assert registry.listing() == ()
 
     def test_close_goes_on_after_a_failure(self) -> None:
         class Failing(MemoryImage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from nbdbm.nbd.constants import MAX_PAYLOAD, TransmissionFlag
@@ -28,11 +29,20 @@ class ExportInfo:
     """Every metadata context that may be selected, full names, in listing order."""
 
 
+class Absent(Enum):
+    """Why nothing can be told of an export that exists."""
+
+    UNOPENED = auto()
+    """It is opened when a client asks for it: the shell does so now (ExportWanted)."""
+    NEEDS_TLS = auto()
+    """Only for clients that use TLS, which this one does not yet."""
+
+
 class Catalog(Protocol):
-    """The exports there are. Synchronous and in memory: the handshake asks in mid-parse."""
+    """The exports there are for one client. Synchronous: the handshake asks in mid-parse."""
 
-    def names(self) -> Sequence[str]:
-        """Names of the exports to list, in listing order."""
+    def listing(self) -> Sequence[tuple[str, str]]:
+        """Name and description of each export to list, in listing order."""
 
-    def info(self, name: str) -> ExportInfo | None:
-        """The export of exactly this name, or None."""
+    def info(self, name: str) -> ExportInfo | Absent | None:
+        """The export of exactly this name, why it cannot be told of now, or None: there is none."""

@@ -19,6 +19,15 @@ class GoRequested(NamedTuple):
     name: str
 
 
+class ExportWanted(NamedTuple):
+    """An option concerns this export, which is not open: open it, then call ``opened`` or ``refuse``.
+
+    Until one of them is called the protocol parses no further input.
+    """
+
+    name: str
+
+
 class Read(NamedTuple):
     cookie: int
     offset: int
@@ -76,4 +85,4 @@ class Disconnected(NamedTuple):
 
 
 Command = Read | Write | WriteZeroes | Trim | Cache | Flush | BlockStatus
-Event = GoRequested | Command | Disconnected
+Event = GoRequested | ExportWanted | Command | Disconnected

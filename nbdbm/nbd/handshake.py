@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum, auto
+from typing import Literal
 
-from nbdbm.nbd.catalog import Catalog, ExportInfo
+from nbdbm.nbd.catalog import Absent, Catalog, ExportInfo
 from nbdbm.nbd.constants import (
     MAX_STRING,
     ClientFlag,
@@ -21,7 +22,7 @@ from nbdbm.nbd.constants import (
     Rep,
     TransmissionFlag,
 )
-from nbdbm.nbd.events import Disconnected, GoRequested
+from nbdbm.nbd.events import Disconnected, ExportWanted, GoRequested
 from nbdbm.nbd.limits import Limits
 from nbdbm.nbd.messages import (
     EXPORT_NAME_PADDING,
@@ -47,7 +48,7 @@ class State(Enum):
     OPTIONS = auto()
     """Options are parsed and answered."""
     DECIDING = auto()
-    """GO or EXPORT_NAME was handed out; nothing is parsed until ``accept`` or ``refuse``."""
+    """GoRequested or ExportWanted was handed out; nothing is parsed until the shell has decided."""
     TRANSMISSION = auto()
     CLOSED = auto()
     """A Disconnected event was returned; input is ignored."""
@@ -93,6 +94,10 @@ class Negotiated:
 
 class ProtocolViolation(Exception):
     """The peer did what leaves no reply, only closing; caught where bytes enter the core."""
+
+
+class _Unopened(Exception):
+    """The option's export must be opened before the option can be answered."""
 
 
 class _Invalid(Exception):
@@ -150,6 +155,10 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:80] + "...")
 
 
+OptionEvent = GoRequested | ExportWanted | Disconnected | None
+"""What an option asks of the shell; None: it was answered."""
+
+
 class Handshake:
     """The options of one connection, from the client's flags until it enters transmission.
 
@@ -166,6 +175,7 @@ class Handshake:
         "_limits",
         "_option",
         "_options",
+        "_pending",
         "_wanted",
         "_zeroes",
         "out",
@@ -179,6 +189,8 @@ class Handshake:
         self._zeroes = True
         self._options = 0
         self._option = 0
+        self._pending: bytes | None = None
+        """Data of the option that awaits the opening of its export."""
         self._wanted: frozenset[int] = frozenset()
         self._ids: dict[str, int] = {}
         self._contexts: tuple[MetaContext, ...] = ()
@@ -231,16 +243,25 @@ class Handshake:
             text = f"option {option:#x} is not supported"
         self._error(option, rep, text)
 
-    def option(self, option: int, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def option(self, option: int, data: bytes | memoryview) -> OptionEvent:
         """Answer one option that ``begin`` let pass, or return what the shell must do about it."""
         self._option = option
         try:
             return OPTION_HANDLERS[option](self, data)
+        except _Unopened as wanted:
+            self._pending = bytes(data)
+            return ExportWanted(str(wanted))
         except _Invalid as fault:
             self._error(option, Rep.ERR_INVALID, f"{Opt(option).name}: {fault}")
             return None
 
     # what the shell decides
+
+    def opened(self) -> OptionEvent:
+        """Answer the pending option, now that its export is open."""
+        data, self._pending = self._pending, None
+        assert data is not None
+        return self.option(self._option, data)
 
     def accept(self, info: ExportInfo) -> Negotiated:
         """Answer the pending GO or EXPORT_NAME with success; transmission follows."""
@@ -257,42 +278,46 @@ class Handshake:
         return Negotiated(told, self.style, contexts, maximum)
 
     def refuse(self, rep: Rep, text: str) -> bool:
-        """Answer the pending GO with an error; False if it was EXPORT_NAME, which can only be closed."""
-        if self._option != Opt.GO:
+        """Answer the pending option with an error; False if it was EXPORT_NAME, which can only be closed."""
+        self._pending = None
+        if self._option == Opt.EXPORT_NAME:
             return False
-        self._error(Opt.GO, rep, text)
+        self._error(self._option, rep, text)
         return True
 
     # options
 
-    def _export_name(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _export_name(self, data: bytes | memoryview) -> OptionEvent:
         name = decode(data)
-        info = self._catalog.info(name)
+        info = self._lookup(name)
+        if info is Absent.NEEDS_TLS:
+            raise ProtocolViolation(
+                f"export {_shown(name)} without TLS, and NBD_OPT_EXPORT_NAME cannot be refused"
+            )
         if info is None:
             raise ProtocolViolation(f"no export {_shown(name)}, and NBD_OPT_EXPORT_NAME cannot be refused")
         return GoRequested(info.name)
 
-    def _abort(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _abort(self, data: bytes | memoryview) -> OptionEvent:
         # "a server SHOULD ignore any data sent by the client rather than rejecting the request".
         self._ack(Opt.ABORT)
         return Disconnected(True, "the client aborted the handshake")
 
-    def _list(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _list(self, data: bytes | memoryview) -> OptionEvent:
         _Cursor(data).end()
-        for name in self._catalog.names():
+        for name, description in self._catalog.listing():
             raw = encode(name)
-            info = self._catalog.info(name)
-            about = display(info.description) if info is not None else b""
+            about = display(description)
             self.out.append(OptionReply.pack(Opt.LIST, Rep.SERVER, U32.pack(len(raw)) + raw + about))
         self._ack(Opt.LIST)
         return None
 
-    def _starttls(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _starttls(self, data: bytes | memoryview) -> OptionEvent:
         _Cursor(data).end()
         self._error(Opt.STARTTLS, Rep.ERR_UNSUP, "this server does not offer TLS")
         return None
 
-    def _info(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _info(self, data: bytes | memoryview) -> OptionEvent:
         option = Opt(self._option)
         cursor = _Cursor(data)
         name = cursor.export_name()
@@ -309,7 +334,7 @@ class Handshake:
         self._ack(option)
         return None
 
-    def _structured_reply(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _structured_reply(self, data: bytes | memoryview) -> OptionEvent:
         _Cursor(data).end()
         if self.style is HeaderStyle.EXTENDED:
             self._error(
@@ -322,7 +347,7 @@ class Handshake:
             self._ack(Opt.STRUCTURED_REPLY)
         return None
 
-    def _extended_headers(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _extended_headers(self, data: bytes | memoryview) -> OptionEvent:
         _Cursor(data).end()
         if self.style is HeaderStyle.EXTENDED:
             self._error(Opt.EXTENDED_HEADERS, Rep.ERR_INVALID, "extended headers are already agreed upon")
@@ -331,7 +356,7 @@ class Handshake:
             self._ack(Opt.EXTENDED_HEADERS)
         return None
 
-    def _list_meta_context(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _list_meta_context(self, data: bytes | memoryview) -> OptionEvent:
         # Before structured replies this is a SHOULD NOT for the client and a MAY for our refusal: answered.
         info, queries = self._meta_request(data)
         if info is None:
@@ -342,7 +367,7 @@ class Handshake:
         self._ack(Opt.LIST_META_CONTEXT)
         return None
 
-    def _set_meta_context(self, data: bytes | memoryview) -> GoRequested | Disconnected | None:
+    def _set_meta_context(self, data: bytes | memoryview) -> OptionEvent:
         option = Opt.SET_META_CONTEXT
         if self.style is HeaderStyle.SIMPLE:
             raise _Invalid("needs structured replies or extended headers")
@@ -383,8 +408,18 @@ class Handshake:
             # Longer than any name can be: matches nothing, and is as little an error as a name we lack.
             yield Query.parse("" if text is None else text)
 
-    def _find(self, option: Opt, name: str) -> ExportInfo | None:
+    def _lookup(self, name: str) -> ExportInfo | Literal[Absent.NEEDS_TLS] | None:
         info = self._catalog.info(name)
+        if info is Absent.UNOPENED:
+            raise _Unopened(name)
+        return info
+
+    def _find(self, option: Opt, name: str) -> ExportInfo | None:
+        """The export, or None if the option was answered: it cannot be told of."""
+        info = self._lookup(name)
+        if info is Absent.NEEDS_TLS:
+            self._error(option, Rep.ERR_TLS_REQD, f"export {_shown(name)} is for clients with TLS")
+            return None
         if info is None:
             self._error(option, Rep.ERR_UNKNOWN, f"no export {_shown(name)}")
         return info
@@ -427,7 +462,7 @@ class Handshake:
         self.out.append(OptionReply.pack(option, rep, display(text)))
 
 
-OPTION_HANDLERS: dict[int, Callable[[Handshake, bytes | memoryview], GoRequested | Disconnected | None]] = {
+OPTION_HANDLERS: dict[int, Callable[[Handshake, bytes | memoryview], OptionEvent]] = {
     Opt.EXPORT_NAME: Handshake._export_name,
     Opt.ABORT: Handshake._abort,
     Opt.LIST: Handshake._list,

@@ -35,6 +35,7 @@ from nbdbm.nbd.events import (
     Cache,
     Disconnected,
     Event,
+    ExportWanted,
     Flush,
     GoRequested,
     Read,
@@ -47,6 +48,7 @@ from nbdbm.nbd.handshake import (
     Handshake,
     HeaderStyle,
     Negotiated,
+    OptionEvent,
     ProtocolViolation,
     State,
 )
@@ -198,7 +200,7 @@ class ServerProtocol(Receiver):
     def buffer_updated(self, count: int) -> list[Event]:
         """Parse ``count`` bytes that were received into the last ``get_buffer``; return what to do.
 
-        All complete messages are parsed, except after GoRequested: the rest waits for the answer.
+        All complete messages are parsed, except after GoRequested and ExportWanted: the rest waits.
         """
         events: list[Event] = []
         if self.state is State.CLOSED:
@@ -345,9 +347,22 @@ class ServerProtocol(Receiver):
         self._become(State.TRANSMISSION)
         return self._resume()
 
+    def opened(self) -> list[Event]:
+        """The export of ExportWanted is open: answer the option, which may ask for more. Returns events."""
+        if self.state is State.CLOSED:
+            return []
+        assert self.state is State.DECIDING and self._handshake is not None
+        self._become(State.OPTIONS)
+        events: list[Event] = []
+        try:
+            self._act(self._handshake, self._handshake.opened(), events)
+        except ProtocolViolation as fault:
+            self._close(events, Disconnected(False, str(fault)))
+        return events if events else self._resume()
+
     def refuse(self, rep: Rep, text: str) -> list[Event]:
-        """Answer GoRequested with an error. Returns events of input that was waiting, or Disconnected:
-        NBD_OPT_EXPORT_NAME cannot be refused otherwise."""
+        """Answer GoRequested or ExportWanted with an error. Returns events of input that was waiting, or
+        Disconnected: NBD_OPT_EXPORT_NAME cannot be refused otherwise."""
         if self.state is State.CLOSED:
             return []
         assert self.state is State.DECIDING and self._handshake is not None
@@ -408,9 +423,11 @@ class ServerProtocol(Receiver):
     def _answer_option(self, option: OptionRequest, data: bytes | memoryview, events: list[Event]) -> None:
         handshake = self._handshake
         assert handshake is not None
-        event = handshake.option(option.option, data)
+        self._act(handshake, handshake.option(option.option, data), events)
+
+    def _act(self, handshake: Handshake, event: OptionEvent, events: list[Event]) -> None:
         self._take_option_replies(handshake)
-        if isinstance(event, GoRequested):
+        if isinstance(event, GoRequested | ExportWanted):
             self._become(State.DECIDING)
             events.append(event)
         elif event is not None:

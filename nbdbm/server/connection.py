@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from nbdbm.inline import run_inline
 from nbdbm.nbd.constants import NbdErrno, Rep
-from nbdbm.nbd.events import Command, Disconnected, Event, GoRequested
+from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.server.buffers import Buffer
@@ -261,6 +261,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             for event in events:
                 if isinstance(event, GoRequested):
                     following = self._go(event.name)
+                elif isinstance(event, ExportWanted):
+                    following = self._protocol.refuse(Rep.ERR_UNKNOWN, "cannot be opened now")
                 elif isinstance(event, Disconnected):
                     log.debug("client left%s: %s", "" if event.clean else " badly", event.reason)
                     self._ended = True

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdbm.nbd.catalog import ExportInfo
+from nbdbm.nbd.catalog import Absent, ExportInfo
 from nbdbm.nbd.constants import Info, Opt, Rep, TransmissionFlag
-from nbdbm.nbd.events import Disconnected, Event, GoRequested
+from nbdbm.nbd.events import Disconnected, Event, ExportWanted, GoRequested
 from nbdbm.nbd.handshake import OPTION_HANDLERS, TRANSITIONS, State
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
 from nbdbm.nbd.protocol import ServerProtocol
@@ -526,3 +526,122 @@ def test_any_options_with_any_data_end_in_a_legal_state(options: list[int], data
 
 def test_every_option_of_the_specification_is_decided_on() -> None:
     assert set(Opt) - set(OPTION_HANDLERS) == {Opt.PEEK_EXPORT}
+
+
+class LateCatalog(ListCatalog):
+    """Exports that must be opened, and one for clients with TLS only."""
+
+    def __init__(self) -> None:
+        super().__init__(DISK)
+        self.open = False
+
+    def info(self, name: str) -> ExportInfo | Absent | None:  # type: ignore[override]
+        if name == "secret":
+            return Absent.NEEDS_TLS
+        found = super().info(name)
+        return found if self.open or found is None else Absent.UNOPENED
+
+
+def late() -> tuple[LateCatalog, ServerProtocol]:
+    catalog = LateCatalog()
+    protocol = ServerProtocol(catalog)
+    assert protocol.receive_data(FLAGS) == []
+    protocol.data_to_send()
+    return catalog, protocol
+
+
+def sent(protocol: ServerProtocol) -> Replies:
+    return split(b"".join(protocol.data_to_send()))
+
+
+class TestUnopened:
+    def test_list_needs_nothing_opened(self) -> None:
+        _, protocol = late()
+        assert protocol.receive_data(opt(3)) == []
+        assert kinds(sent(protocol)) == [(3, Rep.SERVER), (3, Rep.ACK)]
+
+    @pytest.mark.parametrize(
+        ("option", "data"),
+        [(Opt.INFO, info_data("disk")), (Opt.LIST_META_CONTEXT, meta_data("disk"))],
+        ids=["info", "list-meta-context"],
+    )
+    def test_an_option_waits_and_is_answered_in_full(self, option: Opt, data: bytes) -> None:
+        catalog, protocol = late()
+        # What follows in the same packet waits as well.
+        assert protocol.receive_data(opt(option, data) + opt(3)) == [ExportWanted("disk")]
+        assert sent(protocol) == []
+        catalog.open = True
+        assert protocol.opened() == []
+        expected, _ = haggle(opt(option, data) + opt(3))
+        assert kinds(sent(protocol))[-1] == (3, Rep.ACK)
+        assert kinds(expected)[-1] == (3, Rep.ACK)
+
+    def test_contexts_and_go(self) -> None:
+        catalog, protocol = late()
+        catalog.open = True
+        protocol.receive_data(opt(Opt.STRUCTURED_REPLY))
+        catalog.open = False
+        protocol.data_to_send()
+        wish = opt(Opt.SET_META_CONTEXT, meta_data("disk", CONTEXTS[0]))
+        assert protocol.receive_data(wish) == [ExportWanted("disk")]
+        catalog.open = True
+        assert protocol.opened() == []
+        assert protocol.receive_data(opt(Opt.GO, info_data("disk"))) == [GoRequested("disk")]
+        protocol.accept(DISK)
+        assert protocol.negotiated is not None
+        assert [context.name for context in protocol.negotiated.contexts] == [CONTEXTS[0]]
+
+    def test_go_hands_on(self) -> None:
+        catalog, protocol = late()
+        assert protocol.receive_data(opt(Opt.GO, info_data("disk"))) == [ExportWanted("disk")]
+        catalog.open = True
+        assert protocol.opened() == [GoRequested("disk")]
+        protocol.accept(DISK)
+        assert protocol.state is State.TRANSMISSION
+
+    def test_export_name(self) -> None:
+        catalog, protocol = late()
+        assert protocol.receive_data(opt(Opt.EXPORT_NAME, b"disk")) == [ExportWanted("disk")]
+        catalog.open = True
+        assert protocol.opened() == [GoRequested("disk")]
+
+    @pytest.mark.parametrize("option", [Opt.INFO, Opt.GO])
+    def test_refused(self, option: Opt) -> None:
+        _, protocol = late()
+        assert protocol.receive_data(opt(option, info_data("disk"))) == [ExportWanted("disk")]
+        assert protocol.refuse(Rep.ERR_UNKNOWN, "cannot be opened") == []
+        assert sent(protocol) == [(option, Rep.ERR_UNKNOWN, b"cannot be opened")]
+        assert protocol.state is State.OPTIONS
+
+    def test_refused_export_name_disconnects(self) -> None:
+        _, protocol = late()
+        protocol.receive_data(opt(Opt.EXPORT_NAME, b"disk"))
+        (event,) = protocol.refuse(Rep.ERR_UNKNOWN, "cannot be opened")
+        assert isinstance(event, Disconnected) and not event.clean
+
+    def test_the_client_left_meanwhile(self) -> None:
+        _, protocol = late()
+        protocol.receive_data(opt(Opt.GO, info_data("disk")))
+        protocol.receive_eof()
+        assert protocol.opened() == [] and protocol.state is State.CLOSED
+
+
+class TestOnlyWithTls:
+    @pytest.mark.parametrize(
+        ("option", "data"),
+        [
+            (Opt.INFO, info_data("secret")),
+            (Opt.GO, info_data("secret")),
+            (Opt.LIST_META_CONTEXT, meta_data("secret")),
+        ],
+        ids=["info", "go", "list-meta-context"],
+    )
+    def test_refused(self, option: Opt, data: bytes) -> None:
+        _, protocol = late()
+        assert protocol.receive_data(opt(option, data)) == []
+        assert kinds(sent(protocol)) == [(option, Rep.ERR_TLS_REQD)]
+
+    def test_export_name_disconnects(self) -> None:
+        _, protocol = late()
+        (event,) = protocol.receive_data(opt(Opt.EXPORT_NAME, b"secret"))
+        assert isinstance(event, Disconnected) and "TLS" in event.reason

@@ -40,8 +40,8 @@ class OneExport:
     def __init__(self, info: ExportInfo) -> None:
         self._info = info
 
-    def names(self) -> list[str]:
-        return [self._info.name]
+    def listing(self) -> list[tuple[str, str]]:
+        return [(self._info.name, self._info.description)]
 
     def info(self, name: str) -> ExportInfo | None:
         return self._info if name == self._info.name else None

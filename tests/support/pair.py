@@ -63,8 +63,8 @@ class ListCatalog:
     def __init__(self, *exports: ExportInfo) -> None:
         self.exports = list(exports or (DISK, SCRATCH, HUGE, COARSE))
 
-    def names(self) -> Sequence[str]:
-        return [export.name for export in self.exports]
+    def listing(self) -> Sequence[tuple[str, str]]:
+        return [(export.name, export.description) for export in self.exports]
 
     def info(self, name: str) -> ExportInfo | None:
         if not name:
