@@ -8,6 +8,7 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 BIN    := $(VENV)/bin
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP  := $(VENV)/.installed-dev
+PEERS_STAMP := $(VENV)/.installed-peers
 COMPILED   := nbdbm/_speed.abi3.so
 
 .PHONY: help demo test unit interop peers bench growth bench-doc lint format types clean
@@ -20,7 +21,7 @@ demo: $(USER_STAMP)
 	$(BIN)/python scripts/demo.py
 
 ## make test      the whole suite, with the interoperability peers
-test: peers $(COMPILED)
+test: peers $(COMPILED) $(PEERS_STAMP)
 	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 ## make unit      the suite without the peers
@@ -28,7 +29,7 @@ unit: $(DEV_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/interop
 
 ## make interop   only the tests against the peers
-interop: peers $(COMPILED)
+interop: peers $(COMPILED) $(PEERS_STAMP)
 	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/interop
 
 ## make peers     install qemu-utils, libnbd and the other peers (Debian), and the newest beside them
@@ -79,6 +80,11 @@ $(USER_STAMP): pyproject.toml setup.py nbdbm/_speed.c | $(BIN)/python
 $(DEV_STAMP): pyproject.toml setup.py nbdbm/_speed.c | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(USER_STAMP)
+
+# After the Debian peers, which include a compiler.
+$(PEERS_STAMP): $(DEV_STAMP) | peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	@touch $@
 
 # An installation without a compiler has left this out: once more, now that the peers include one.
 $(COMPILED): $(DEV_STAMP) | peers

@@ -15,7 +15,7 @@ from functools import cache
 
 import pytest
 
-from tests.support import libnbd, qemu
+from tests.support import imageio, libnbd, qemu
 
 
 def requires(*peers: str) -> pytest.MarkDecorator:
@@ -69,6 +69,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
         )
     },
     "compiled": _compiled,
+    "imageio": imageio.missing,
     "libnbd": libnbd.missing,
     "newer": qemu.newer_missing,
 }
