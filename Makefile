@@ -11,7 +11,7 @@ DEV_STAMP  := $(VENV)/.installed-dev
 PEERS_STAMP := $(VENV)/.installed-peers
 COMPILED   := nbdbm/_speed.abi3.so
 
-.PHONY: help demo test unit interop peers bench growth bench-doc lint format types clean
+.PHONY: help demo test unit interop peers bench growth bench-doc man lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ growth: $(DEV_STAMP) peers
 ## make bench-doc the figures in docs/performance.md, from the results in docs/performance
 bench-doc: $(DEV_STAMP)
 	$(BIN)/python -m scripts.benchmark.document
+
+## make man        the manual pages, into build/man
+man: $(USER_STAMP)
+	$(BIN)/python -m scripts.manpages build/man
 
 ## make lint      style, import layers, twin tests, the README's tree
 lint: $(DEV_STAMP)

@@ -17,6 +17,13 @@ packages=(
     gcc                     # the compiled part of the package, which is tested beside the Python that does
     libc6-dev               # the same where it is missing
     python3-dev
+    man-db                  # who shows the manual pages, and who judges them
+    groff-base
+    mandoc
+    zsh                     # the shells whose completion is tested
+    fish
+    bash-completion         # what bash's needs where it is used
+    systemd                 # systemd-analyze, which judges the units; nothing is started
 )
 
 missing=()

@@ -66,6 +66,13 @@ PEERS: dict[str, Callable[[], str | None]] = {
             "nbdkit",
             "nbd-client",
             "nbd-server",
+            "man",
+            "mandoc",
+            "bash",
+            "zsh",
+            "fish",
+            "systemd-analyze",
+            "dpkg-deb",
         )
     },
     "compiled": _compiled,

@@ -1,0 +1,1 @@
+"""What operators get beside the package: manual pages, completion, units, container, Debian package."""
