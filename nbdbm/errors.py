@@ -2,6 +2,7 @@
 
     NbdbmError                  anything this program reports in one line; carries an errno
     +-- UsageError              a request that cannot be carried out as asked (name, option, state)
+    |   +-- Mistakes            several of them at once, each in its line
     +-- ImageError              a file cannot be served as asked; names file, field and value
     |   +-- UnsupportedError    well-formed, but uses a feature we do not have
     |   +-- CorruptError        breaks the format's rules
@@ -18,6 +19,7 @@ Errors that only one module raises and catches live in that module. The true cau
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Sequence
 
 
 class NbdbmError(Exception):
@@ -30,6 +32,14 @@ class UsageError(NbdbmError):
     """What was asked for cannot be done as asked; the text says why and what would work."""
 
     errno = _errno.EINVAL
+
+
+class Mistakes(UsageError):
+    """Everything that is wrong with a file that somebody wrote by hand."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = tuple(lines)
 
 
 class ImageError(NbdbmError):

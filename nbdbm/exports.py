@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nbdbm.errors import BitmapError, UsageError
+from nbdbm.errors import BitmapError
 from nbdbm.extents import ExtentList
 from nbdbm.image.read import FILLED, LATER, ZEROES
 from nbdbm.nbd.catalog import ExportInfo
@@ -25,7 +25,7 @@ from nbdbm.nbd.constants import (
 if TYPE_CHECKING:
     from nbdbm.image.image import Image, Run
 
-__all__ = ["FILLED", "LATER", "ZEROES", "Export", "ExportRegistry"]
+__all__ = ["FILLED", "LATER", "ZEROES", "Export"]
 
 MAX_EXTENTS = 128 * 1024
 """Extents in one context's answer. QEMU's cap for bitmaps: an answer then stays near 1 MiB (2 MiB in the
@@ -245,45 +245,6 @@ class Export:
     async def close(self) -> None:
         """Close the image; idempotent."""
         await self._image.close()
-
-
-class ExportRegistry:
-    """The exports of this server, by name; a Catalog for the handshake."""
-
-    def __init__(self) -> None:
-        self._exports: dict[str, Export] = {}
-
-    def add(self, export: Export) -> None:
-        """Offer one more export; raises UsageError if its name is taken."""
-        name = export.info.name
-        if name in self._exports:
-            raise UsageError(f"export name {name!r} is used twice")
-        self._exports[name] = export
-
-    def listing(self) -> Sequence[tuple[str, str]]:
-        """Names and descriptions to list, in the order in which they were added."""
-        return tuple((name, export.info.description) for name, export in self._exports.items())
-
-    def info(self, name: str) -> ExportInfo | None:
-        """What a client may know of the export of exactly this name, or None."""
-        export = self._exports.get(name)
-        return None if export is None else export.info
-
-    def get(self, name: str) -> Export | None:
-        """The export of exactly this name, or None."""
-        return self._exports.get(name)
-
-    async def close(self) -> None:
-        """Close every export, each even if another fails; raises the first failure. Idempotent."""
-        exports, self._exports = list(self._exports.values()), {}
-        failure: Exception | None = None
-        for export in exports:
-            try:
-                await export.close()
-            except Exception as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
 
 
 def _bitmap_names(image: Image, wanted: Sequence[str] | None) -> list[str]:

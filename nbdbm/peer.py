@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,17 @@ class Peer:
     gid: int | None = None
     """Of the process that connected, for Unix sockets."""
     tls: TlsPeer | None = None
+
+    @property
+    def network(self) -> str | None:
+        """What connections are counted by: the address, or the /64 network of IPv6, whose owner has all of
+        its addresses; None for clients that come by no network."""
+        if self.host is None or ":" not in self.host:
+            return self.host
+        address = IPv6Address(self.host)
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(IPv6Address(int(address) >> 64 << 64)) + "/64"
 
     def __str__(self) -> str:
         text = self.address

@@ -16,6 +16,10 @@ DEFAULT_PORT = 10809
 
 SCHEME_TCP = "nbd"
 SCHEME_UNIX = "nbd+unix"
+SCHEME_VSOCK = "nbd+vsock"
+"""Shown, and not parsed: our client has no use for it yet."""
+VSOCK_HOST = "2"
+"""``VMADDR_CID_HOST``: the host, seen from a virtual machine (vsock(7))."""
 _TLS_SCHEMES = ("nbds", "nbds+unix")
 _KNOWN_SCHEMES = (SCHEME_TCP, SCHEME_UNIX, *_TLS_SCHEMES)
 
@@ -43,6 +47,11 @@ class NbdUri:
     def unix(cls, socket: str, export: str = "") -> NbdUri:
         """The export of a server on a Unix socket."""
         return cls(SCHEME_UNIX, socket=socket, export=export)
+
+    @classmethod
+    def vsock(cls, port: int = DEFAULT_PORT, export: str = "") -> NbdUri:
+        """The export of a server on this host's vsock, for its virtual machines, whose name for it is 2."""
+        return cls(SCHEME_VSOCK, host=VSOCK_HOST, port=port, export=export)
 
     def __str__(self) -> str:
         return format_uri(self)

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "nbdbm"
 
-LEAVES = {"errors", "extents", "inline", "runs", "metrics", "config", "peer", "uri"}
+LEAVES = {"errors", "extents", "inline", "runs", "metrics", "access", "config", "peer", "uri"}
 PURE_FORBIDDEN = {"asyncio", "os", "socket", "time", "threading", "selectors", "concurrent"}
 PURE = {"nbd", "qcow2", "bitmaps"}
 
@@ -22,8 +22,12 @@ ALLOWED: dict[str, set[str]] = {
     "inline": set(),
     "runs": {"_speed"},
     "metrics": set(),
-    "config": {"errors"},
+    "access": {"errors", "peer"},
+    "config": {"errors", "access"},
+    "configfile": {"errors", "access", "config"},
     "peer": set(),
+    # The exports of one server; the handshake's catalog, and leases for the shell.
+    "registry": {"errors", "access", "exports", "peer", "nbd.constants", "nbd.catalog"},
     "uri": {"errors"},
     "nbd": {"errors", "extents", "runs"},
     "qcow2": {"errors", "runs"},
@@ -41,18 +45,32 @@ ALLOWED: dict[str, set[str]] = {
         "nbd.catalog",
         "nbd.metacontext",
     },
-    "server": {"errors", "extents", "inline", "metrics", "nbd", "exports", "config", "peer", "uri"},
+    "server": {
+        "errors",
+        "extents",
+        "inline",
+        "metrics",
+        "nbd",
+        "exports",
+        "registry",
+        "config",
+        "peer",
+        "uri",
+    },
     "client": {"errors", "extents", "nbd", "uri", "clientlink"},
     "clientlink": {"errors", "nbd", "uri"},
-    "control": {"errors", "server", "exports", "metrics", "peer"},
+    "control": {"errors", "server", "exports", "registry", "metrics", "peer"},
     "cli": {
         "errors",
         "extents",
         "metrics",
+        "access",
         "config",
+        "configfile",
         "control",
         "server",
         "exports",
+        "registry",
         "image",
         "client",
         "uri",

@@ -20,7 +20,7 @@ from nbdbm.errors import (
 
 def test_tree_in_docstring_names_every_class() -> None:
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, NbdbmError)]
-    assert len(classes) == 10
+    assert len(classes) == 11
     for cls in classes:
         assert cls.__name__ in (errors.__doc__ or "")
 

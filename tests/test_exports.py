@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdbm import exports
-from nbdbm.errors import BitmapError, UsageError
-from nbdbm.exports import Export, ExportRegistry
+from nbdbm.errors import BitmapError
+from nbdbm.exports import Export
 from nbdbm.nbd.constants import TransmissionFlag
 from tests.server.memimage import MemoryImage, WritableImage
 
@@ -220,46 +220,3 @@ def test_flush() -> None:
     image = MemoryImage(b"")
     asyncio.run(export_of(image).flush())
     assert image.flushes == 1
-
-
-class TestRegistry:
-    def test_lookup(self) -> None:
-        registry = ExportRegistry()
-        a, b = export_of(MemoryImage(b""), name="a"), export_of(MemoryImage(b""), name="")
-        registry.add(a)
-        registry.add(b)
-        assert registry.listing() == (("a", ""), ("", ""))
-        assert registry.get("") is b and registry.info("a") is a.info
-        assert registry.get("c") is None and registry.info("c") is None
-
-    def test_names_are_unique(self) -> None:
-        registry = ExportRegistry()
-        registry.add(export_of(MemoryImage(b""), name="a"))
-        with pytest.raises(UsageError, match="'a' is used twice"):
-            registry.add(export_of(MemoryImage(b""), name="a"))
-
-    def test_close_once(self) -> None:
-        image = MemoryImage(b"")
-        registry = ExportRegistry()
-        registry.add(export_of(image))
-
-        async def close_twice() -> None:
-            await registry.close()
-            await registry.close()
-
-        asyncio.run(close_twice())
-        assert image.closes == 1
-        assert registry.listing() == ()
-
-    def test_close_goes_on_after_a_failure(self) -> None:
-        class Failing(MemoryImage):
-            async def close(self) -> None:
-                raise OSError(5, "broken")
-
-        last = MemoryImage(b"")
-        registry = ExportRegistry()
-        registry.add(export_of(Failing(b""), name="a"))
-        registry.add(export_of(last, name="b"))
-        with pytest.raises(OSError, match="broken"):
-            asyncio.run(registry.close())
-        assert last.closes == 1

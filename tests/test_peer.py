@@ -19,3 +19,14 @@ def test_tls_adds_who_the_client_proved_to_be() -> None:
     assert str(Peer(address="a:1", tls=certified)) == "a:1 (TLSv1.3, CN=backup)"
     assert str(Peer(address="a:1", tls=keyed)) == "a:1 (TLSv1.2, alice)"
     assert str(Peer(address="a:1", tls=TlsPeer(version="TLSv1.3", cipher="x"))) == "a:1 (TLSv1.3)"
+
+
+def test_connections_are_counted_by_address_or_by_the_smallest_network_of_ipv6() -> None:
+    def network(host: str | None) -> str | None:
+        return Peer(address="a", host=host).network
+
+    assert network("192.0.2.7") == "192.0.2.7"
+    assert network("2001:db8::7") == network("2001:db8::ffff:8") == "2001:db8::/64"
+    assert network("2001:db8:0:1::7") != network("2001:db8::7")
+    assert network("::ffff:192.0.2.7") == "192.0.2.7"
+    assert network(None) is None

@@ -17,7 +17,7 @@ from typing import IO, Any
 import click
 
 from nbdbm import __version__
-from nbdbm.errors import NbdbmError
+from nbdbm.errors import Mistakes, NbdbmError
 
 PROGRAM = "nbdbm"
 
@@ -41,7 +41,8 @@ class Failure(click.ClickException):
     """An error in the user's words: one line, status 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"{PROGRAM}: {self.format_message()}", file=file, err=file is None)
+        for line in self.format_message().split("\n"):
+            click.echo(f"{PROGRAM}: {line}", file=file, err=file is None)
 
 
 class Ended(SystemExit):
@@ -77,7 +78,9 @@ class LazyGroup(click.Group):
 
 
 def explain(error: NbdbmError | OSError) -> str:
-    """The error as one line, ``FILE: what`` where it concerns a file."""
+    """The error as one line, ``FILE: what`` where it concerns a file; a line for each of several mistakes."""
+    if isinstance(error, Mistakes):
+        return "\n".join(map(printable, error.lines))
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
@@ -98,6 +101,14 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
+
+
+def remedy(image: str, bitmap: str) -> str:
+    """The shell command that removes a bitmap which can be used for nothing else."""
+    import shlex
+
+    end = ["--"] if image.startswith("-") or bitmap.startswith("-") else []
+    return shlex.join([PROGRAM, "bitmap", "remove", *end, image, bitmap])
 
 
 @click.command(

@@ -72,7 +72,7 @@ async def bitmap_entries(image: Image, *, count_all: bool) -> list[dict[str, Any
     description or data are broken); ``reason`` and ``remedy``, null where usable; ``dirty_bytes``, null
     where it is not known: not usable, or large and not asked for.
     """
-    from nbdbm.cli.serve import remedy
+    from nbdbm.cli import remedy
 
     budget = None if count_all else CHEAP_BITS
     entries: list[dict[str, Any]] = []

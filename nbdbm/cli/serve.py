@@ -1,57 +1,92 @@
-"""``nbdbm serve``: one image over NBD until a signal, or until the command of ``--run`` ends."""
+"""``nbdbm serve``: images over NBD until a signal, or until the command of ``--run`` ends."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-import signal
-import sys
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from nbdbm.cli import PROGRAM, Ended, printable
+from nbdbm.cli import PROGRAM, Ended
 from nbdbm.config import (
     DEFAULT_BUSY_POLL,
+    DEFAULT_GRACE,
     DEFAULT_HOST,
     DEFAULT_MAX_CONNECTIONS,
     DEFAULT_PORT,
     DETECT_ZEROES,
     DISCARD,
     FORMATS,
+    BadValue,
+    ExportConfig,
     ListenConfig,
     ServeConfig,
-    ServerConfig,
 )
-from nbdbm.errors import ImageError, UsageError
+from nbdbm.errors import UsageError
 
-if TYPE_CHECKING:
-    from tempfile import TemporaryDirectory
+PER_EXPORT = (
+    "export_name",
+    "description",
+    "read_only",
+    "bitmaps",
+    "allocation_depth",
+    "format_",
+    "load_snapshot",
+    "no_backing",
+    "backing_root",
+    "force_share",
+    "discard",
+    "detect_zeroes",
+    "grace",
+)
+"""Options that say how an image is exported, which a configuration file says for each of its own."""
 
-    from nbdbm.exports import Export
-    from nbdbm.image.image import Image
-    from nbdbm.server.listener import Listener
 
-log = logging.getLogger(__name__)
+class Octal(click.ParamType):  # type: ignore[type-arg]
+    """Permissions, as ``chmod`` takes them."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    name = "octal"
 
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Why an image cannot be written to that can perhaps be read."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return int(value, 8)
+        except ValueError:
+            self.fail(f"{value!r}: not permissions in octal, as 0660", param, ctx)
 
 
 @click.command()
-@click.argument("image", type=click.Path())
+@click.argument("images", metavar="[[NAME=]IMAGE]...", nargs=-1, type=click.Path())
+@click.option(
+    "--directory", metavar="DIR", type=click.Path(), help="Serve each image in DIR, when asked for."
+)
+@click.option(
+    "--config",
+    "file",
+    metavar="FILE",
+    type=click.Path(),
+    help="Serve what this file says; SIGHUP reads it anew.",
+)
 @click.option("-k", "--socket", metavar="PATH", help="Listen on a Unix socket.")
+@click.option("--socket-mode", type=Octal(), metavar="MODE", help="Permissions of the Unix socket, as 0660.")
+@click.option("--socket-owner", metavar="USER[:GROUP]", help="Owner of the Unix socket.")
 @click.option("-b", "--bind", metavar="ADDR", help=f"Listen on this address.  [default: {DEFAULT_HOST}]")
 @click.option(
     "-p", "--port", type=int, metavar="N", help=f"TCP port; 0 takes a free one.  [default: {DEFAULT_PORT}]"
 )
-@click.option("-x", "--export-name", default="", metavar="NAME", help="Name of the export.  [default: empty]")
+@click.option("--vsock", type=int, metavar="PORT", help="Listen for virtual machines; 0 takes a free port.")
+@click.option(
+    "-x",
+    "--export-name",
+    default="",
+    metavar="NAME",
+    help="Name of the export.  [default: empty for one IMAGE, the files' names for several]",
+)
 @click.option("-D", "--description", default="", metavar="TEXT", help="What clients may show people.")
 @click.option("-r", "--read-only", is_flag=True, help="Refuse writes, and change nothing in any file.")
 @click.option(
@@ -77,6 +112,21 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
     show_default=True,
     metavar="N",
     help="Clients served at once, others wait; 0: no limit.",
+)
+@click.option(
+    "--max-connections-per-address",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Clients from one address at once, others are closed.  [default: no limit]",
+)
+@click.option(
+    "--grace",
+    type=float,
+    default=DEFAULT_GRACE,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --directory: close an image so long after its last client.",
 )
 @click.option(
     "-f", "--format", "format_", type=click.Choice(FORMATS), help="Format of IMAGE.  [default: qcow2]"
@@ -119,287 +169,131 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: always so.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is said on the wire.")
 def serve(
-    image: str,
+    images: tuple[str, ...],
+    directory: str | None,
+    file: str | None,
     socket: str | None,
+    socket_mode: int | None,
+    socket_owner: str | None,
     bind: str | None,
     port: int | None,
-    export_name: str,
-    description: str,
-    read_only: bool,
-    bitmaps: tuple[str, ...],
-    allocation_depth: bool,
+    vsock: int | None,
     max_connections: int,
-    format_: str | None,
-    load_snapshot: str | None,
-    no_backing: bool,
-    backing_root: str | None,
-    force_share: bool,
-    discard: str,
-    detect_zeroes: str,
+    max_connections_per_address: int,
     busy_poll: int,
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
     verbose: bool,
+    **per_export: Any,
 ) -> None:
-    """Serve IMAGE and its dirty bitmaps over NBD.
+    """Serve IMAGEs and their dirty bitmaps over NBD.
 
     The export's URI is the first line on stdout, its metadata contexts follow; then it can be connected
     to. SIGTERM and SIGINT end it.
+
+    With several IMAGEs each export has its file's name, or the NAME given.
     """
-    config = ServeConfig(
-        image=image,
-        format=format_,
-        read_only=read_only or load_snapshot is not None,  # a snapshot cannot be written to
-        snapshot=load_snapshot,
-        no_backing=no_backing,
-        backing_root=backing_root,
-        force_share=force_share,
-        discard=discard,
-        detect_zeroes=detect_zeroes,
-        export_name=export_name,
-        description=description,
-        bitmaps=bitmaps or None,
-        allocation_depth=allocation_depth,
-        pid_file=pid_file,
-        run=run_,
-        listen=ListenConfig(socket=socket, host=bind, port=port),
-        server=ServerConfig(max_connections=max_connections, busy_poll=busy_poll / 1e6),
-    )
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format=f"{PROGRAM}: %(message)s", force=True
     )
-    raise Ended(asyncio.run(run(config, os.environ)))
-
-
-async def run(config: ServeConfig, environ: MutableMapping[str, str]) -> int:
-    """Serve as configured until the end; return the exit status."""
-    from nbdbm.exports import Export, ExportRegistry
-    from nbdbm.server.listener import notify
-    from nbdbm.server.server import Server
-
-    stop = asyncio.Event()
-    registry = ExportRegistry()
-    server = Server(registry, config.server)
-    _on_signals(stop, server)
-    with _bound(config, environ) as listeners:
-        image = await _open(config)
-        try:
-            export = Export.of(
-                image,
-                name=config.export_name,
-                description=config.description,
-                bitmaps=config.bitmaps,
-                allocation_depth=config.allocation_depth,
-            )
-        except BaseException:
-            await image.close()
-            raise
-        registry.add(export)
-        try:
-            await server.start(listeners)
-            with _pid_file(config.pid_file):
-                _report(config, image, export, listeners)
-                notify(environ.get("NOTIFY_SOCKET"), f"READY=1\nMAINPID={os.getpid()}")
-                status = 0
-                if config.run is not None:
-                    status = await _run_command(config.run, config.export_name, listeners, environ, stop)
-                else:
-                    await stop.wait()
-                notify(environ.get("NOTIFY_SOCKET"), "STOPPING=1")
-                await server.close()
-        finally:
-            try:
-                await server.close()
-            finally:
-                _ignore_signals()
-    return status
-
-
-async def _open(config: ServeConfig) -> Image:
-    from nbdbm.image.image import DetectZeroes, Image, OpenOptions
-
-    options = OpenOptions(
-        format=config.format,
-        read_only=config.read_only,
-        snapshot=config.snapshot,
-        no_backing=config.no_backing,
-        backing_root=config.backing_root,
-        force_share=config.force_share,
-        discard=config.discard == "unmap",
-        detect_zeroes=DetectZeroes(config.detect_zeroes),
+    context = click.get_current_context()
+    given = {name for name in context.params if _was_given(context, name)}
+    listen = ListenConfig(
+        socket=socket, socket_mode=socket_mode, socket_owner=socket_owner, host=bind, port=port, vsock=vsock
     )
-    try:
-        return await Image.open(config.image, options)
-    except ImageError as error:
-        if config.read_only or error.path != config.image or error.errno not in READ_ONLY:
-            raise
-        raise ImageError(
-            error.path, f"{error.reason}; --read-only serves it as it is", errno=error.errno
-        ) from error
 
-
-def _on_signals(stop: asyncio.Event, server: object) -> None:
-    """First signal: end in order. Second: without waiting for clients. Third: at once, by default action."""
-    from nbdbm.server.server import Server
-
-    assert isinstance(server, Server)
-    loop = asyncio.get_running_loop()
-
-    def caught() -> None:
-        if not stop.is_set():
-            stop.set()
-            return
-        server.hurry()
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in SIGNALS:
-        loop.add_signal_handler(number, caught)
-
-
-def _ignore_signals() -> None:
-    """Let no signal change the exit status any more: everything is stored and closed.
-
-    Otherwise the loop, when it closes, gives signals their default action back, and one that comes while
-    the interpreter ends makes a clean end look like a kill.
-    """
-    loop = asyncio.get_running_loop()
-    # Blocked meanwhile, since taking a handler off restores the default action first. (In this thread: an
-    # I/O thread can still take one in these microseconds.)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _bound(config: ServeConfig, environ: MutableMapping[str, str]) -> Iterator[list[Listener]]:
-    """The listeners, bound but not listening yet; closed in the end, with the private directory if any."""
-    from nbdbm.server.listener import bind, inherited
-
-    listeners = inherited(environ)
-    directory: TemporaryDirectory[str] | None = None
-    try:
-        if listeners and config.listen.given:
-            raise UsageError(
-                "the service manager passed sockets (LISTEN_FDS), which excludes --socket, --bind and --port"
+    def read() -> ServeConfig:
+        """The configuration as the command line has it, and the file by now."""
+        if file is None:
+            config = ServeConfig(
+                exports=_exports(images, directory is None, per_export),
+                directory=_export(directory, per_export) if directory is not None else None,
             )
-        if not listeners:
-            listen = config.listen
-            if config.run is not None and not listen.given:
-                from tempfile import TemporaryDirectory  # with shutil and what it needs: a tenth of the start
+        else:
+            from nbdbm.configfile import load
 
-                directory = TemporaryDirectory(prefix="nbdbm-")
-                listen = ListenConfig(socket=os.path.join(directory.name, "socket"))
-            listeners = [bind(listen)]
-        yield listeners
-    finally:
-        for listener in listeners:
-            listener.close()
-        if directory is not None:
-            directory.cleanup()
+            config = load(file)
+        server: dict[str, Any] = {
+            "max_connections": max_connections,
+            "max_connections_per_address": max_connections_per_address,
+            "busy_poll": busy_poll / 1e6,
+        }
+        chosen = {name: value for name, value in server.items() if file is None or name in given}
+        return replace(
+            config,
+            pid_file=pid_file,
+            run=run_,
+            listen=listen if listen.given or file is None else config.listen,
+            server=replace(config.server, **chosen),
+        )
 
+    if file is not None:
+        if images or directory is not None:
+            raise UsageError("--config excludes IMAGEs and --directory: write them into the file")
+        for name in PER_EXPORT:
+            if name in given:
+                option = next(each for each in context.command.params if each.name == name).opts[-1]
+                raise UsageError(
+                    f"--config excludes {option}: write it into the file, for the export it concerns"
+                )
+    elif "grace" in given and directory is None:
+        raise BadValue("grace", " is for --directory: other images stay open")
 
-@contextmanager
-def _pid_file(path: str | None) -> Iterator[None]:
-    """``path`` holds this process's ID inside the block: there complete, and gone after it if still ours."""
-    if path is None:
-        yield
-        return
-    content = f"{os.getpid()}\n"
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            file.write(content)
-        os.rename(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise OSError(error.errno, error.strerror, path) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError, ValueError):
-            with open(path, encoding="ascii") as file:
-                ours = file.read() == content
-            if ours:
-                os.unlink(path)
+    from nbdbm.cli.serving import run
+
+    raise Ended(asyncio.run(run(read(), os.environ, read)))
 
 
-def _report(config: ServeConfig, image: Image, export: Export, listeners: list[Listener]) -> None:
-    """Say what is served where (stdout, unless ``--run`` has that) and what is not (stderr)."""
-    for notice in image.notices:
-        # Those about another file of the chain begin with its name.
-        named = notice if notice.startswith(f"{config.image}: ") else f"{config.image}: {notice}"
-        _say(f"{PROGRAM}: {named}", err=True)
-    for bitmap in image.tracker.refused():
-        _say(f"{PROGRAM}: {config.image}: bitmap {bitmap.name!r} is not served: {bitmap.refusal}", err=True)
-        _say(f"{PROGRAM}: {config.image}: to remove it: {remedy(config.image, bitmap.name)}", err=True)
-    if config.run is not None:
-        return
-    lines = [str(listener.uri(export.info.name)) for listener in listeners]
-    lines += [f"context: {printable(name)}" for name in export.info.contexts]
-    _say("\n".join(lines))
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
-def remedy(image: str, bitmap: str) -> str:
-    """The shell command that removes a bitmap which can be used for nothing else."""
-    import shlex
-
-    end = ["--"] if image.startswith("-") or bitmap.startswith("-") else []
-    return shlex.join([PROGRAM, "bitmap", "remove", *end, image, bitmap])
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print and flush; a reader that has gone away is no reason to stop serving."""
-    try:
-        click.echo("\n".join(printable(line) for line in text.split("\n")), err=err)
-    except OSError as error:
-        log.debug("nobody reads what is printed: %s", error)
-        # What is left in the stream's buffer would fail once more at exit.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
-
-
-async def _run_command(
-    command: str,
-    export: str,
-    listeners: list[Listener],
-    environ: MutableMapping[str, str],
-    stop: asyncio.Event,
-) -> int:
-    """Run ``command`` by the shell with the export in its environment; return its status for our own.
-
-    A signal to us goes on to the command, whose end is awaited.
-    """
-    process = await asyncio.create_subprocess_shell(
-        command, env={**environ, **command_variables(listeners[0], export)}
+def _exports(images: tuple[str, ...], needed: bool, per_export: dict[str, Any]) -> tuple[ExportConfig, ...]:
+    """The exports of the images on the command line: one of any name, or several of different names."""
+    if not images and needed:
+        raise click.UsageError("Missing argument '[NAME=]IMAGE' (or --directory, or --config).")
+    pairs = [_named(text) for text in images]
+    if len(images) == 1 and needed:
+        name, image = pairs[0]
+        chosen = per_export["export_name"]
+        if name is not None and chosen:
+            raise BadValue("export-name", f" {chosen}: the image has a name already, in {images[0]}")
+        return (_export(image, per_export, name=chosen if name is None else name),)
+    for option, value in (
+        ("export-name", per_export["export_name"]),
+        ("description", per_export["description"]),
+    ):
+        if value:
+            raise BadValue(option, f" {value}: is for one image; with several, name them as NAME=IMAGE")
+    return tuple(
+        _export(image, per_export, name=os.path.basename(image) if name is None else name)
+        for name, image in pairs
     )
-    ended = asyncio.ensure_future(process.wait())
-    stopped = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait((ended, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            with suppress(ProcessLookupError):
-                process.terminate()
-        status = await ended
-    finally:
-        stopped.cancel()
-    return 128 - status if status < 0 else status
 
 
-def command_variables(listener: Listener, export: str) -> dict[str, str]:
-    """The variables that tell a command how to reach the export, as nbdkit's captive mode names them."""
-    uri = listener.uri(export)
-    if uri.socket:
-        address, old = {"unixsocket": uri.socket, "port": ""}, f"nbd:unix:{uri.socket}"
-    else:
-        address, old = {"unixsocket": "", "port": str(uri.port)}, f"nbd:{uri.host}:{uri.port}"
-    if export:
-        old += f":exportname={export}"
-    return {"uri": str(uri), "nbd": old, "exportname": export, **address}
+def _named(text: str) -> tuple[str | None, str]:
+    """Name and path of ``NAME=IMAGE`` or ``IMAGE``; a path before "=" makes all of it a path."""
+    name, equals, image = text.partition("=")
+    if not equals or "/" in name:
+        return None, text
+    return name, image
+
+
+def _export(image: str, options: dict[str, Any], *, name: str = "") -> ExportConfig:
+    return ExportConfig(
+        image=image,
+        name=name,
+        description=options["description"],
+        format=options["format_"],
+        read_only=options["read_only"] or options["load_snapshot"] is not None,  # nobody writes to a snapshot
+        snapshot=options["load_snapshot"],
+        no_backing=options["no_backing"],
+        backing_root=options["backing_root"],
+        force_share=options["force_share"],
+        discard=options["discard"],
+        detect_zeroes=options["detect_zeroes"],
+        bitmaps=options["bitmaps"] or None,
+        allocation_depth=options["allocation_depth"],
+        grace=options["grace"],
+    )

@@ -266,6 +266,8 @@ class Handshake:
     def accept(self, info: ExportInfo) -> Negotiated:
         """Answer the pending GO or EXPORT_NAME with success; transmission follows."""
         contexts = self._contexts if self._contexts_of == info.name else ()
+        # The export may have been closed and opened anew since they were selected, without some of them.
+        contexts = tuple(context for context in contexts if context.name in info.contexts)
         told = self._told(info, selecting=bool(contexts))
         maximum = min(info.maximum_payload, self._limits.max_payload)
         if self._option == Opt.GO:

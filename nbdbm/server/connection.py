@@ -17,10 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from nbdbm.inline import run_inline
-from nbdbm.nbd.constants import NbdErrno, Rep
+from nbdbm.nbd.constants import NbdErrno
 from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.peer import UNKNOWN, Peer
+from nbdbm.registry import Lease, Refused
 from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import Context, answer, cost
@@ -59,6 +60,9 @@ everything, forty clients that read nothing cost 2.4 GB instead of half of it.""
 MAX_PIECES = 1024
 """Pieces that one system call sends: IOV_MAX."""
 
+HANDSHAKE_AGAIN = 1.0
+"""Seconds that a handshake gets anew whose time is over while we open an image for it."""
+
 LINGER = 30.0
 """Seconds without progress after which a client is cut off that has said goodbye, whose requests all are
 answered, and that does not take the last replies."""
@@ -73,13 +77,19 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def __init__(self, server: Server, sock: socket.socket | None = None, peer: Peer = UNKNOWN) -> None:
         """``sock``: the transport's own socket, if what is written to it goes out as it is (no TLS)."""
+        self.begun = asyncio.get_running_loop().time()
+        """When the client came, in seconds of the event loop's clock."""
         self.peer = peer
         """The client; TLS replaces it with what it knows better."""
         self._server = server
         self._socket = sock
         self._loop = asyncio.get_running_loop()
-        self._protocol = ServerProtocol(server.registry, allocate=server.buffers.take)
+        self._protocol = ServerProtocol(server.registry.view(lambda: self.peer), allocate=server.buffers.take)
         self._transport: asyncio.Transport | None = None
+        self._lease: Lease | None = None
+        """Of the export last asked about, or the one that is used; kept until nothing of us is left."""
+        self._opening: asyncio.Task[None] | None = None
+        """The handshake waits for an export to be opened."""
         self._context: Context | None = None
         self._fast: FastPath | None = None
         """Answers what it can before anything of the below begins; needs the socket itself."""
@@ -234,7 +244,12 @@ class NbdConnection(asyncio.BufferedProtocol):
                 timer.cancel()
         self._forget_if_over()
 
-    # -- called by the server
+    # -- called by the server and the registry
+
+    @property
+    def handshaking(self) -> bool:
+        """Whether it has not asked for an export, and does not wait for us to open one."""
+        return self._handshake is not None and self._opening is None
 
     def drain(self) -> None:
         """Take no more commands, answer those in progress, then close."""
@@ -262,7 +277,7 @@ class NbdConnection(asyncio.BufferedProtocol):
                 if isinstance(event, GoRequested):
                     following = self._go(event.name)
                 elif isinstance(event, ExportWanted):
-                    following = self._protocol.refuse(Rep.ERR_UNKNOWN, "cannot be opened now")
+                    self._opening = self._loop.create_task(self._open(event.name))
                 elif isinstance(event, Disconnected):
                     log.debug("client left%s: %s", "" if event.clean else " badly", event.reason)
                     self._ended = True
@@ -270,10 +285,39 @@ class NbdConnection(asyncio.BufferedProtocol):
                     self._waiting.append((cost(event), event))
             events = following
 
+    async def _open(self, name: str) -> None:
+        """Open the export that the handshake waits for, and go on with that."""
+        events: list[Event] = []
+        try:
+            self._hold(await self._server.registry.lease(name, self.peer, self.drain))
+            events = self._protocol.opened()
+        except Refused as refused:
+            events = self._protocol.refuse(refused.rep, str(refused))
+        except Exception:
+            log.exception("opening export %r", name)  # a bug: this connection ends
+            self.abort()
+        finally:
+            self._opening = None
+            if self._lost:
+                self._forget_if_over()
+        self._take(events)
+        self._pump()
+
+    def _hold(self, lease: Lease | None) -> None:
+        """Use this export and none before it."""
+        if self._lease is not None:
+            self._lease.release()
+        self._lease = lease
+
     def _go(self, name: str) -> list[Event]:
-        export = self._server.registry.get(name)
-        if export is None:
-            return self._protocol.refuse(Rep.ERR_UNKNOWN, f"no export named {name!r}")
+        try:
+            if self._lease is None or self._lease.name != name:
+                self._hold(self._server.registry.lease_now(name, self.peer, self.drain))
+            lease = cast(Lease, self._lease)
+            lease.count()
+        except Refused as refused:
+            return self._protocol.refuse(refused.rep, str(refused))
+        export = lease.export
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
@@ -286,6 +330,10 @@ class NbdConnection(asyncio.BufferedProtocol):
         return events
 
     def _handshake_expired(self) -> None:
+        if self._opening is not None:
+            # It is we who take long.
+            self._handshake = self._loop.call_later(HANDSHAKE_AGAIN, self._handshake_expired)
+            return
         log.debug("client asked for no export in %g s", self._server.config.handshake_timeout)
         self.abort()
 
@@ -441,7 +489,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             cast(asyncio.Transport, self._transport).pause_reading()
 
     def _close_if_answered(self) -> None:
-        if self._running:
+        if self._running or self._opening is not None:
             return
         self._unsent += self._protocol.data_to_send()
         if self._linger is None:
@@ -463,8 +511,9 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._linger = self._loop.call_later(LINGER, self._linger_expired, left)
 
     def _forget_if_over(self) -> None:
-        if not self._running:
+        if not self._running and self._opening is None:
             self._release()
+            self._hold(None)
             self._server.forget(self)
 
 

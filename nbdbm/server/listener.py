@@ -62,8 +62,12 @@ class Listener:
 class UnixListener(Listener):
     """A Unix socket at a path of the file system; removed on close if it is still this one."""
 
-    def __init__(self, path: str) -> None:
-        """Bind, replacing nothing yet; raises UsageError or OSError if the path cannot be used."""
+    def __init__(self, path: str, mode: int | None = None, owner: tuple[int, int] = (-1, -1)) -> None:
+        """Bind, replacing nothing yet; raises UsageError or OSError if the path cannot be used.
+
+        ``mode``: its permissions, None for what the umask leaves; ``owner``: user and group, -1 as it is.
+        Both are there before anybody can connect.
+        """
         path = os.path.abspath(path)
         self.path = path
         self._replace = _judge_existing(path)
@@ -76,6 +80,14 @@ class UnixListener(Listener):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _bind(sock, self._temporary, path)
+            try:
+                if mode is not None:
+                    os.chmod(self._temporary, mode)
+                if owner != (-1, -1):
+                    os.chown(self._temporary, *owner)
+            except OSError as error:
+                os.unlink(self._temporary)
+                raise OSError(error.errno, error.strerror, path) from error
             found = os.lstat(self._temporary)
         except BaseException:
             sock.close()
@@ -136,11 +148,49 @@ def _judge_existing(path: str) -> bool:
 def bind(config: ListenConfig) -> Listener:
     """Bind where the configuration says, by default to TCP localhost:10809."""
     if config.socket is not None:
-        return UnixListener(config.socket)
+        return UnixListener(config.socket, config.socket_mode, owner_ids(config.socket_owner))
+    if config.vsock is not None:
+        return bind_vsock(config.vsock)
     return bind_tcp(
         DEFAULT_HOST if config.host is None else config.host,
         DEFAULT_PORT if config.port is None else config.port,
     )
+
+
+def owner_ids(owner: str | None) -> tuple[int, int]:
+    """User and group id of ``USER[:GROUP]`` or ``:GROUP``, -1 for what is not given; raises UsageError."""
+    if owner is None:
+        return -1, -1
+    import grp
+    import pwd
+
+    user, _, group = owner.partition(":")
+    try:
+        uid = -1 if not user else int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise UsageError(f"--socket-owner {owner}: no user {user!r}") from None
+    try:
+        gid = -1 if not group else int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UsageError(f"--socket-owner {owner}: no group {group!r}") from None
+    return uid, gid
+
+
+def bind_vsock(port: int) -> Listener:
+    """Bind a port for virtual machines and their host (vsock(7)); 0 takes one that is free."""
+    family = getattr(socket, "AF_VSOCK", None)
+    if family is None:
+        raise UsageError("--vsock: this Python was built without vsock")
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"--vsock {port}: this kernel has no vsock: {error.strerror}") from error
+    try:
+        _bind(sock, (socket.VMADDR_CID_ANY, port or socket.VMADDR_PORT_ANY), f"vsock:{port}")
+        return Listener([sock], NbdUri.vsock(sock.getsockname()[1]))
+    except BaseException:
+        sock.close()
+        raise
 
 
 def bind_tcp(host: str, port: int) -> Listener:
@@ -229,6 +279,8 @@ def _uri_of(sock: socket.socket) -> NbdUri:
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return NbdUri.unix(os.fsdecode(name))
+    if sock.family == getattr(socket, "AF_VSOCK", None):
+        return NbdUri.vsock(name[1])
     host = DEFAULT_HOST if name[0] in EVERY_ADDRESS else name[0]
     return NbdUri.tcp(host, name[1])
 
@@ -240,7 +292,7 @@ def prepare(sock: socket.socket) -> None:
         # Granted up to net.core.[rw]mem_max; less is slower, not wrong.
         with suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
-    if sock.family != socket.AF_UNIX:
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A client whose machine vanished must not keep its place for ever.
@@ -261,7 +313,7 @@ def peer_of(sock: socket.socket, address: object) -> Peer:
         pid, uid, gid = _CREDENTIALS.unpack(raw)
         return Peer(address="unix", pid=pid, uid=uid, gid=gid)
     if not isinstance(address, tuple) or not isinstance(address[0], str):
-        return Peer(address="unknown")
+        return Peer(address=f"vsock:{address[0]}:{address[1]}" if isinstance(address, tuple) else "unknown")
     host = address[0].partition("%")[0]
     shown = f"[{address[0]}]" if sock.family == socket.AF_INET6 else host
     return Peer(address=f"{shown}:{address[1]}", host=host)

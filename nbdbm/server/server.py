@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import select
 import socket
+from collections import Counter
 from collections.abc import Sequence
 
 from nbdbm.config import ServerConfig
-from nbdbm.exports import ExportRegistry
 from nbdbm.peer import Peer
+from nbdbm.registry import ExportRegistry
 from nbdbm.server.buffers import BufferPool
 from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
@@ -27,6 +29,13 @@ ACCEPT_AT_ONCE = 16
 
 ACCEPT_PAUSE = 1.0
 """Seconds without accepting after the system ran out of descriptors or memory."""
+
+CROWDED = 1.0
+"""Seconds between two looks for room while all places are taken."""
+
+EVICT_AFTER = 5.0
+"""Seconds that a client may take for its handshake while others wait for its place; honest ones take
+milliseconds, over a slow line and with a password typed in a second or two."""
 
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -52,10 +61,21 @@ class Server:
         self._pause: asyncio.TimerHandle | None = None
         self._connecting: set[asyncio.Task[None]] = set()
         self._connections: set[NbdConnection] = set()
+        self._networks: Counter[str] = Counter()
+        """Clients by where they come from."""
+        self._crowded: asyncio.TimerHandle | None = None
+        """While all places are taken: when to look for those that do not use theirs."""
         self._hurry = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         self._closed: asyncio.Task[None] | None = None
+
+    def reconfigure(self, config: ServerConfig) -> None:
+        """Let other limits hold from now on; nobody is sent away."""
+        self.config = config
+        self.busy_poll = config.busy_poll if processors() > 1 else 0.0
+        if self._listeners:
+            self._watch()
 
     @property
     def connections(self) -> int:
@@ -88,7 +108,10 @@ class Server:
         limit = self.config.max_connections
         # One being connected may be in both for a moment; that only makes us accept a little later.
         occupied = len(self._connections) + len(self._connecting)
-        wanted = not self.closing and self._pause is None and not (limit and occupied >= limit)
+        full = bool(limit and occupied >= limit)
+        if full and self._crowded is None and not self.closing:
+            self._crowded = asyncio.get_running_loop().call_later(CROWDED, self._make_room)
+        wanted = not self.closing and self._pause is None and not full
         if wanted == self._accepting:
             return
         self._accepting = wanted
@@ -99,6 +122,26 @@ class Server:
                     loop.add_reader(sock.fileno(), self._accept, sock)
                 else:
                     loop.remove_reader(sock.fileno())
+
+    def _make_room(self) -> None:
+        """All places were taken a while ago: if somebody waits, the longest handshake must end."""
+        self._crowded = None
+        if self._accepting or self.closing:
+            return
+        now = asyncio.get_running_loop().time()
+        idle = [each for each in self._connections if each.handshaking and now - each.begun > EVICT_AFTER]
+        if idle and self._somebody_waits():
+            longest = min(idle, key=lambda each: each.begun)
+            log.warning("%s: handshake cut off, others wait for its place", longest.peer)
+            longest.abort()
+        self._crowded = asyncio.get_running_loop().call_later(CROWDED, self._make_room)
+
+    def _somebody_waits(self) -> bool:
+        poll = select.poll()
+        for listener in self._listeners:
+            for sock in listener.sockets:
+                poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_AT_ONCE):
@@ -115,10 +158,20 @@ class Server:
                 self._pause = asyncio.get_running_loop().call_later(ACCEPT_PAUSE, self._resume)
                 self._watch()
                 return
-            task = asyncio.get_running_loop().create_task(self._connect(sock, peer_of(sock, address)))
+            peer = peer_of(sock, address)
+            if (network := self._crowds(peer)) is not None:
+                log.warning("%s: refused, %s has %d connections", peer, network, self._networks[network])
+                sock.close()
+                continue
+            task = asyncio.get_running_loop().create_task(self._connect(sock, peer))
             self._connecting.add(task)
             task.add_done_callback(self._connected)
             self._watch()
+
+    def _crowds(self, peer: Peer) -> str | None:
+        """The network that the client comes from if it has its share of the places already."""
+        limit, network = self.config.max_connections_per_address, peer.network
+        return network if limit and network is not None and self._networks[network] >= limit else None
 
     def _resume(self) -> None:
         self._pause = None
@@ -141,12 +194,20 @@ class Server:
     def _new_connection(self, sock: socket.socket, peer: Peer) -> NbdConnection:
         connection = NbdConnection(self, sock, peer)
         self._connections.add(connection)
+        if peer.network is not None:
+            self._networks[peer.network] += 1
         self._empty.clear()
         return connection
 
     def forget(self, connection: NbdConnection) -> None:
         """Called by a connection of which nothing is left."""
-        self._connections.discard(connection)
+        if connection in self._connections:
+            self._connections.discard(connection)
+            network = connection.peer.network
+            if network is not None:
+                self._networks[network] -= 1
+                if not self._networks[network]:
+                    del self._networks[network]
         if not self._connections:
             self._empty.set()
         self._watch()
@@ -172,6 +233,8 @@ class Server:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
+        if self._crowded is not None:
+            self._crowded.cancel()
         self._watch()
         for listener in self._listeners:
             listener.close()

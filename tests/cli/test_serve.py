@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nbdbm.cli import main
-from nbdbm.cli.serve import command_variables, remedy
+from nbdbm.cli import main, remedy
+from nbdbm.cli.serving import command_variables
 from nbdbm.server.listener import Listener
 from nbdbm.uri import NbdUri
 
@@ -154,7 +154,7 @@ class TestRefusals:
         ("options", "text"),
         [
             ([], "nbdbm: {image}: not a qcow2 image (magic); if it is a raw image, say --format raw"),
-            (["-r", "-k", "s", "-p", "1"], "nbdbm: --socket excludes --bind and --port"),
+            (["-r", "-k", "s", "-p", "1"], "nbdbm: --socket excludes --bind, --port"),
             (["-r", "-e", "-1"], "nbdbm: --max-connections -1: must be"),
             (["-r", "-f", "raw", "-p", "70000"], "nbdbm: --port 70000: a port is a number from 0 to 65535"),
         ],

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nbdbm.config import ListenConfig, ServerConfig
-from nbdbm.exports import Export, ExportRegistry
+from nbdbm.exports import Export
+from nbdbm.registry import ExportRegistry
 from nbdbm.server.listener import bind
 from nbdbm.server.server import Server
 from tests.server.memimage import MemoryImage

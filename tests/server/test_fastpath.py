@@ -21,10 +21,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nbdbm.exports import Export, ExportRegistry
+from nbdbm.exports import Export
 from nbdbm.image.blockfile import ThreadedFile
 from nbdbm.image.image import Image, OpenOptions
 from nbdbm.nbd.events import Event
+from nbdbm.registry import ExportRegistry
 from nbdbm.server import connection, fastpath
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.fastpath import FastPath

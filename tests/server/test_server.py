@@ -13,7 +13,8 @@ import pytest
 
 from nbdbm.config import ListenConfig, ServerConfig
 from nbdbm.errors import UsageError
-from nbdbm.exports import Export, ExportRegistry
+from nbdbm.exports import Export
+from nbdbm.registry import ExportRegistry
 from nbdbm.server import server as server_module
 from nbdbm.server.listener import UnixListener, bind, bind_tcp
 from nbdbm.server.server import Server

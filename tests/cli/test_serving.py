@@ -1,0 +1,248 @@
+"""Many exports in one process: from the command line, a file, a directory; reloads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbdbm.client import NbdClient
+from nbdbm.errors import NbdError
+from nbdbm.uri import NbdUri
+from tests.cli.test_serve import TIMEOUT, ended, started
+from tests.support.servers import nbdbm_run
+
+SERVE = (sys.executable, "-m", "nbdbm", "serve")
+
+
+def raw(path: Path, letter: str) -> Path:
+    path.write_bytes(letter.encode() * 65536)
+    return path
+
+
+def qcow2(path: Path, *bitmaps: str) -> Path:
+    nbdbm_run("create", path, "1M", check=True)
+    if bitmaps:
+        nbdbm_run("bitmap", "add", path, *bitmaps, check=True)
+    return path
+
+
+def first_byte(socket: Path, export: str) -> bytes:
+    """The first byte of the export; raises NbdError if there is none of that name."""
+
+    async def main() -> bytes:
+        async with await NbdClient.connect(str(NbdUri.unix(str(socket), export))) as client:
+            return bytes(await client.read(0, 1))
+
+    return asyncio.run(main())
+
+
+def write_byte(socket: Path, export: str) -> None:
+    async def main() -> None:
+        async with await NbdClient.connect(str(NbdUri.unix(str(socket), export))) as client:
+            await client.write(0, b"w")
+
+    asyncio.run(main())
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def served(socket: Path, export: str) -> bool:
+    try:
+        first_byte(socket, export)
+    except NbdError:
+        return False
+    return True
+
+
+def reload(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGHUP)
+
+
+class TestCommandLine:
+    def test_several_images(self, tmp_path: Path) -> None:
+        a, b, path = raw(tmp_path / "a.img", "a"), raw(tmp_path / "b.img", "b"), tmp_path / "s"
+        command = (*SERVE, "-r", "-f", "raw", "-k", str(path), str(a), f"second={b}")
+        with started(*command, lines=6) as (process, said):
+            assert said == [
+                f"nbd+unix:///a.img?socket={path}",
+                "context: base:allocation",
+                "context: qemu:allocation-depth",
+                f"nbd+unix:///second?socket={path}",
+                "context: base:allocation",
+                "context: qemu:allocation-depth",
+            ]
+            assert first_byte(path, "a.img") == b"a" and first_byte(path, "second") == b"b"
+            with pytest.raises(NbdError, match="no export"):
+                first_byte(path, str(a))
+            assert ended(process) == (0, "")
+
+    def test_a_name_for_the_only_one(self, tmp_path: Path) -> None:
+        image, path = raw(tmp_path / "a=b.img", "a"), tmp_path / "s"
+        with started(*SERVE, "-r", "-f", "raw", "-k", str(path), f"n={image}", lines=1) as (_, said):
+            assert said == [f"nbd+unix:///n?socket={path}"]
+        with started(*SERVE, "-r", "-f", "raw", "-k", str(path), str(image), lines=1) as (_, said):
+            assert said == [f"nbd+unix:///?socket={path}"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "text"),
+        [
+            ([], 2, "Missing argument"),
+            (["a", "sub/a"], 1, "export name 'a' is used twice; NAME=IMAGE gives another one"),
+            (["x=a", "-x", "y"], 1, "--export-name y: the image has a name already, in x=a"),
+            (["a", "b", "-x", "y"], 1, "--export-name y: is for one image; with several, name them"),
+            (["a", "--grace", "3"], 1, "--grace is for --directory"),
+            (["a", "--config", "c"], 1, "--config excludes IMAGEs and --directory"),
+            (["--config", "c", "-r"], 1, "--config excludes --read-only: write it into the file"),
+            (["--config", "c"], 1, "c: No such file or directory"),
+            (["--directory", "nowhere"], 1, "nowhere: No such file or directory"),
+            (["a", "-k", "@s"], 1, "--socket @s: abstract sockets are not supported"),
+            (["a", "-k", "s", "--socket-mode", "9"], 2, "'9': not permissions in octal"),
+            (["a", "-k", "s", "--socket-owner", "nobody-of-this-name"], 1, "no user 'nobody-of-this-name'"),
+        ],
+    )
+    def test_refusals(self, arguments: list[str], status: int, text: str) -> None:
+        result = nbdbm_run("serve", *arguments)
+        assert result.returncode == status and text in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_mode_and_owner_of_the_socket(self, tmp_path: Path) -> None:
+        image, path = raw(tmp_path / "a", "a"), tmp_path / "s"
+        options = ("--socket-mode", "0640", "--socket-owner", f"{os.getuid()}:{os.getgid()}")
+        with started(*SERVE, "-r", "-f", "raw", "-k", str(path), *options, str(image)):
+            found = path.stat()
+            assert stat.S_IMODE(found.st_mode) == 0o640
+            assert (found.st_uid, found.st_gid) == (os.getuid(), os.getgid())
+
+
+class TestDirectory:
+    def test_opened_when_asked_for_and_closed_afterwards(self, tmp_path: Path) -> None:
+        place, path = tmp_path / "images", tmp_path / "s"
+        place.mkdir()
+        image = qcow2(place / "disk.qcow2", "b0")
+        before = image.read_bytes()
+        command = (*SERVE, "-k", str(path), "--directory", str(place), "--grace", "0")
+        with started(*command, lines=1) as (process, said):
+            assert said == [f"nbd+unix:///?socket={path}"]
+            assert image.read_bytes() == before
+            write_byte(path, "disk.qcow2")
+            # Closed: somebody else may write to it, and the bitmap was stored.
+            eventually(lambda: nbdbm_run("bitmap", "clear", image, "b0").returncode == 0)
+            qcow2(place / "second.qcow2")
+            eventually(lambda: served(path, "second.qcow2"))
+            for name in ("", "../disk.qcow2", str(image), "images/disk.qcow2", "disk.qcow2/"):
+                assert not served(path, name)
+            assert ended(process) == (0, "")
+
+    def test_a_broken_image_is_one_line_and_the_others_are_served(self, tmp_path: Path) -> None:
+        place, path = tmp_path / "images", tmp_path / "s"
+        place.mkdir()
+        qcow2(place / "good.qcow2")
+        (place / "bad.qcow2").write_bytes(b"QFI\xfb" + bytes(200))
+        with started(*SERVE, "-k", str(path), "--directory", str(place), lines=1) as (process, _):
+            assert not served(path, "bad.qcow2") and served(path, "good.qcow2")
+            status, errors = ended(process)
+        assert status == 0
+        assert errors.startswith(f"nbdbm: export 'bad.qcow2' cannot be opened: {place}/bad.qcow2: ")
+        assert errors.count("\n") == 1
+
+
+class TestConfig:
+    def test_reload_adds_removes_and_changes(self, tmp_path: Path) -> None:
+        for letter in "abc":
+            raw(tmp_path / letter, letter)
+        config, path = tmp_path / "nbdbm.toml", tmp_path / "s"
+
+        def write(*exports: str) -> None:
+            tables = "".join(f'[[export]]\nformat = "raw"\n{export}\n' for export in exports)
+            config.write_text(f'[listen]\nsocket = "{path}"\n{tables}')
+
+        write('name = "stays"\nimage = "a"', 'name = "goes"\nimage = "b"\nread-only = true')
+        with started(*SERVE, "--config", str(config), lines=6) as (process, said):
+            assert said[0] == f"nbd+unix:///stays?socket={path}"
+
+            async def main() -> None:
+                """A client of the one that stays; one of the other is sent away."""
+                uri = NbdUri.unix
+                async with await NbdClient.connect(str(uri(str(path), "stays"))) as stays:
+                    goes = await NbdClient.connect(str(uri(str(path), "goes")))
+                    assert await goes.read(0, 1) == b"b"
+                    write('name = "stays"\nimage = "a"\ndescription = "new"', 'name = "comes"\nimage = "c"')
+                    reload(process)
+                    with pytest.raises(NbdError):
+                        while True:
+                            await goes.read(0, 1)
+                            await asyncio.sleep(0.01)
+                    await goes.close()
+                    assert await stays.read(0, 1) == b"a"
+
+            asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+            eventually(lambda: served(path, "comes"))
+            assert not served(path, "goes") and first_byte(path, "comes") == b"c"
+            # With a mistake, everything stays as it is.
+            write('name = "comes"\nimage = 5')
+            reload(process)
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert line == f"nbdbm: not reloaded: {config}: line 6: export.1.image: must be a string\n"
+            assert first_byte(path, "comes") == b"c"
+            write('name = "stays"\nimage = "c"\nread-only = true')
+            reload(process)
+            eventually(lambda: not served(path, "comes"))
+            eventually(lambda: served(path, "stays") and first_byte(path, "stays") == b"c")
+            assert ended(process) == (0, "")
+
+    def test_one_bad_image_does_not_keep_the_others_from_being_served(self, tmp_path: Path) -> None:
+        config, path = tmp_path / "nbdbm.toml", tmp_path / "s"
+        good = qcow2(tmp_path / "good.qcow2")
+        config.write_text(
+            f'[listen]\nsocket = "{path}"\n[[export]]\nname = "bad"\nimage = "missing.qcow2"\n'
+            f'[[export]]\nname = "good"\nimage = "{good}"\n'
+        )
+        with started(*SERVE, "--config", str(config), lines=2) as (process, said):
+            assert said == [f"nbd+unix:///bad?socket={path}", f"nbd+unix:///good?socket={path}"]
+            assert served(path, "good") and not served(path, "bad")
+            qcow2(tmp_path / "missing.qcow2")
+            eventually(lambda: served(path, "bad"))
+            status, errors = ended(process)
+        assert status == 0
+        assert errors == (
+            f"nbdbm: export 'bad' cannot be opened: {tmp_path}/missing.qcow2: "
+            "cannot be opened: No such file or directory\n"
+        )
+
+    def test_options_of_the_command_line_go_first(self, tmp_path: Path) -> None:
+        config = tmp_path / "nbdbm.toml"
+        raw(tmp_path / "a", "a")
+        config.write_text('[listen]\nport = 1\n[[export]]\nimage = "a"\nformat = "raw"\nread-only = true\n')
+        with started(*SERVE, "--config", str(config), "-k", str(tmp_path / "s"), lines=1) as (_, said):
+            assert said == [f"nbd+unix:///?socket={tmp_path}/s"]
+
+    def test_mistakes_are_named_with_their_lines(self, tmp_path: Path) -> None:
+        config = tmp_path / "nbdbm.toml"
+        config.write_text("[[export]]\nimage = 5\n[server]\nport = 1\n")
+        result = nbdbm_run("serve", "--config", config)
+        assert result.returncode == 1
+        first, second = result.stderr.splitlines()
+        assert first == f"nbdbm: {config}: line 2: export.1.image: must be a string"
+        assert second.startswith(f"nbdbm: {config}: line 4: server.port: unknown; keys are ")
+
+    def test_hangup_without_a_file_changes_nothing(self, tmp_path: Path) -> None:
+        image, path = raw(tmp_path / "a", "a"), tmp_path / "s"
+        with started(*SERVE, "-r", "-f", "raw", "-k", str(path), str(image)) as (process, _):
+            reload(process)
+            assert first_byte(path, "") == b"a"
+            assert ended(process) == (0, "")

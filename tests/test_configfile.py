@@ -1,0 +1,268 @@
+"""The configuration file: what each key becomes, and each mistake with its line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdbm import configfile
+from nbdbm.access import Access
+from nbdbm.config import ExportConfig, ListenConfig, ServeConfig, ServerConfig
+from nbdbm.configfile import line_of, load
+from nbdbm.errors import Mistakes, UsageError
+
+
+def loaded(tmp_path: Path, text: str | bytes) -> ServeConfig:
+    path = tmp_path / "nbdbm.toml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load(str(path))
+
+
+def mistakes(tmp_path: Path, text: str | bytes) -> list[str]:
+    """The lines of the refusal, without the file's name."""
+    with pytest.raises(UsageError) as caught:
+        loaded(tmp_path, text)
+    error = caught.value
+    lines = error.lines if isinstance(error, Mistakes) else [str(error)]
+    prefix = f"{tmp_path}/nbdbm.toml: "
+    assert all(line.startswith(prefix) for line in lines)
+    return [line.removeprefix(prefix) for line in lines]
+
+
+EVERY_KEY = """
+[listen]
+socket = "/run/nbdbm.sock"
+socket-mode = "0660"
+socket-owner = "root:disk"
+
+[server]
+max-connections = 7
+max-connections-per-address = 3
+handshake-timeout = 2.5
+busy-poll = 0
+
+[[export]]
+image = "vda.qcow2"
+name = "vda"
+description = "system disk"
+format = "qcow2"
+read-only = true
+load-snapshot = "before"
+backing-root = "base"
+force-share = true
+discard = "ignore"
+detect-zeroes = "on"
+bitmaps = ["monday", "tuesday"]
+allocation-depth = false
+on-demand = true
+grace = 60
+allow-networks = [
+    "192.0.2.0/24",
+    "unix",
+]
+allow-users = ["root", 1000]
+allow-subjects = ["CN=backup"]
+require-tls = true
+max-connections = 2
+
+[[export]]
+image = "/var/lib/vdb.qcow2"
+no-backing = true
+
+[directory]
+path = "images"
+read-only = true
+"""
+
+
+def test_every_key(tmp_path: Path) -> None:
+    config = loaded(tmp_path, EVERY_KEY)
+    assert config.file == f"{tmp_path}/nbdbm.toml"
+    assert config.listen == ListenConfig(
+        socket="/run/nbdbm.sock", socket_mode=0o660, socket_owner="root:disk"
+    )
+    assert config.server == ServerConfig(
+        max_connections=7, max_connections_per_address=3, handshake_timeout=2.5, busy_poll=0
+    )
+    assert config.exports == (
+        ExportConfig(
+            image=f"{tmp_path}/vda.qcow2",
+            name="vda",
+            description="system disk",
+            format="qcow2",
+            read_only=True,
+            snapshot="before",
+            backing_root=f"{tmp_path}/base",
+            force_share=True,
+            discard="ignore",
+            detect_zeroes="on",
+            bitmaps=("monday", "tuesday"),
+            allocation_depth=False,
+            on_demand=True,
+            grace=60,
+            access=Access(
+                networks=("192.0.2.0/24", "unix"),
+                users=(0, 1000),
+                subjects=("CN=backup",),
+                tls=True,
+                max_connections=2,
+            ),
+        ),
+        ExportConfig(image="/var/lib/vdb.qcow2", no_backing=True),
+    )
+    assert config.directory == ExportConfig(image=f"{tmp_path}/images", read_only=True)
+
+
+def test_every_key_there_is_was_tried() -> None:
+    for keys in (
+        configfile.LISTEN,
+        configfile.SERVER,
+        configfile.EXPORT,
+        configfile.IMAGE,
+        configfile.ACCESS,
+    ):
+        for key in keys:
+            if key not in ("bind", "port", "vsock"):
+                assert f"\n{key} =" in EVERY_KEY
+
+
+def test_tcp_and_vsock(tmp_path: Path) -> None:
+    export = '[[export]]\nimage = "a"\n'
+    assert loaded(tmp_path, f'{export}[listen]\nbind = "*"\nport = 0').listen == ListenConfig(
+        host="*", port=0
+    )
+    assert loaded(tmp_path, f"{export}[listen]\nvsock = 10809").listen == ListenConfig(vsock=10809)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ["exports nothing; it needs [[export]] tables or [directory]"]),
+        ("x = 1", ["line 1: x: unknown; there are [listen], [server], [[export]] and [directory]"]),
+        ("listen = 3", ["line 1: listen: must be a table"]),
+        ("[export]\nimage = 'a'", ["line 1: export: must be written [[export]], once for each export"]),
+        ("\n[[export]]\nname = 'a'", ["line 2: export.1.image: is missing"]),
+        ("[directory]", ["line 1: directory.path: is missing"]),
+        ("[[export]]\nimage = 5", ["line 2: export.1.image: must be a string"]),
+        ("[[export]]\nimage = ''", ["line 2: export.1.image: '': not a path"]),
+        ("[server]\nmax-connections = true", ["line 2: server.max-connections: must be a whole number"]),
+        ("[server]\nhandshake-timeout = nan", ["line 2: server.handshake-timeout: must be a number"]),
+        (
+            "[listen]\nsocket = 'a'\nsocket-mode = '9'",
+            ['line 3: listen.socket-mode: must be permissions in octal, as "0660"'],
+        ),
+        ("[listen]\nport = 70000", ["line 2: listen.port: 70000: a port is a number from 0 to 65535"]),
+        (
+            "[[export]]\nimage = 'a'\nallow-networks = [\n  '192.0.2.1/24',\n]",
+            [
+                "line 3: export.1.allow-networks: '192.0.2.1/24' is no network "
+                "(192.0.2.1/24 has host bits set), nor unix or vsock"
+            ],
+        ),
+        (
+            "[[export]]\nimage = 'a'\nallow-users = ['nobody-of-this-name']",
+            ["line 3: export.1.allow-users: names 'nobody-of-this-name', and there is no such user"],
+        ),
+        (
+            "[[export]]\nimage = 'a'\nallow-users = [true]",
+            ['line 3: export.1.allow-users: must be a list of user names or ids, as ["backup", 1000]'],
+        ),
+        (
+            "[[export]]\nimage = 'a'\nbitmaps = [1]",
+            ['line 3: export.1.bitmaps: must be a list of strings, as ["a", "b"]'],
+        ),
+        (
+            "[[export]]\nimage = 'a'\nname = 'x'\n[[export]]\nimage = 'b'\nname = 'x'",
+            ["line 6: export.2.name: 'x' is used twice"],
+        ),
+        (
+            "[[export]]\nimage = 'a'\n[[export]]\nimage = 'b'",
+            ["line 3: export.2.name: '' is used twice"],
+        ),
+        (
+            "[[export]]\nimage = 'a'\nname = 5\n[[export]]\nread-only = 'no'\n[server]\nbusy-poll = 2000",
+            [
+                "line 3: export.1.name: must be a string",
+                "line 4: export.2.image: is missing",
+                "line 5: export.2.read-only: must be true or false",
+                "line 7: server.busy-poll: 2000: must be 0 to 1000 microseconds",
+            ],
+        ),
+    ],
+)
+def test_mistakes(tmp_path: Path, text: str, expected: list[str]) -> None:
+    assert mistakes(tmp_path, text) == expected
+
+
+def test_an_unknown_key_is_told_which_there_are(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "[[export]]\nimage = 'a'\nreadonly = true")
+    assert line.startswith("line 3: export.1.readonly: unknown; keys are allocation-depth, allow-networks, ")
+
+
+def test_what_is_not_toml(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "[[export]]\nimage = a")
+    assert "line 2" in line
+    assert mistakes(tmp_path, b"a = 1\nb = '\xff'") == ["line 2: not UTF-8"]
+    assert mistakes(tmp_path, "a = " + "[" * 100_000) == ["nested too deeply"]
+    assert mistakes(tmp_path, b"#" * (1024 * 1024 + 1)) == ["longer than 1048576 bytes"]
+
+
+def test_very_many_mistakes(tmp_path: Path) -> None:
+    lines = mistakes(tmp_path, "[server]\n" + "".join(f"k{number} = 1\n" for number in range(30)))
+    assert len(lines) == configfile.MAX_REPORTED + 1
+    assert lines[-1] == "and 10 more mistakes"
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load(os.fspath(tmp_path / "nowhere.toml"))
+
+
+class TestLineOf:
+    TEXT = (
+        '# first\n\n[a]\nx = """\nlong\n"""\ny = [\n  1,\n  2,\n]\n\n# c\nz = 1\n'
+        "[[b]]\nx = 1\n[[b]]\n[b.c]\nd = {e = 1}\n"
+    )
+
+    @pytest.mark.parametrize(
+        ("path", "line"),
+        [
+            (("a",), 3),
+            (("a", "x"), 4),
+            (("a", "y"), 7),
+            (("a", "z"), 13),
+            (("b", 0), 14),
+            (("b", 0, "x"), 15),
+            (("b", 1), 16),
+            (("b", 1, "c"), 17),
+            (("b", 1, "c", "d", "e"), 18),
+            (("b", 2), None),
+            (("nothing",), None),
+            ((), None),
+        ],
+    )
+    def test_kinds(self, path: configfile.Path, line: int | None) -> None:
+        assert line_of(self.TEXT, path) == line
+
+    @given(
+        st.lists(st.sampled_from(["one", "two", "long", "comment", "blank"]), max_size=30), st.integers(0, 29)
+    )
+    def test_any_text(self, kinds: list[str], which: int) -> None:
+        texts = {
+            "one": "k{} = 1",
+            "two": "k{} = [\n1]",
+            "long": "k{} = '''\n\n\na = 2\n'''",
+            "comment": "# {}",
+            "blank": "",
+        }
+        lines: list[str] = []
+        begins: dict[int, int] = {}
+        for number, kind in enumerate(kinds):
+            if kind not in ("comment", "blank"):
+                begins[number] = len(lines) + 1
+            lines += texts[kind].format(number).split("\n")
+        assert line_of("\n".join(lines), (f"k{which}",)) == begins.get(which)
