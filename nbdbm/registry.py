@@ -52,6 +52,8 @@ class Source:
     access: Access = EVERYBODY
     grace: float | None = None
     """Seconds after the last client before it is closed; None: it stays open."""
+    file: str = ""
+    """What it keeps open: it waits for another export of the same file that is being closed."""
     key: object = None
     """Sources of equal keys open the same: one may take the other's place without closing."""
 
@@ -93,13 +95,13 @@ class Lease:
 class Slot:
     """One name of the registry."""
 
-    def __init__(self, source: Source, registry: ExportRegistry, predecessor: Slot | None = None) -> None:
+    def __init__(self, source: Source, registry: ExportRegistry) -> None:
         self.source = source
         self.export: Export | None = None
         self.leases: set[Lease] = set()
         self._registry = registry
-        self._predecessor = predecessor
-        """Holds the image until it is closed."""
+        self.predecessors: list[Slot] = []
+        """They may hold the image until they are closed."""
         self._change = asyncio.Lock()
         self._unused = asyncio.Event()
         self._unused.set()
@@ -157,10 +159,10 @@ class Slot:
         return lease
 
     async def open(self) -> None:
-        """Open the image, once its predecessor has let go of it. Raises what the source raises."""
-        if self._predecessor is not None:
-            await self._predecessor.closed()
-            self._predecessor = None
+        """Open the image, once its predecessors have let go of it. Raises what the source raises."""
+        while self.predecessors:
+            await self.predecessors[-1].closed()
+            self.predecessors.pop()
         self.export = await self.source.open()
         self._failure = None
         if not self.leases:
@@ -335,7 +337,7 @@ class ExportRegistry:
                     if source.access.judge(lease.peer) is not Verdict.ALLOWED:
                         lease.revoke()
             else:
-                slot = Slot(source, self, self._slots.get(name))
+                slot = Slot(source, self)
                 new.append(slot)
             slots[name] = slot
         gone = [slot for slot in self._slots.values() if slot not in slots.values()]
@@ -344,6 +346,8 @@ class ExportRegistry:
             slot.withdraw()
             self._closing.add(slot)
             self.background(self._see_out(slot))
+        for slot in new:
+            slot.predecessors = [each for each in self._closing if each.source.file == slot.source.file]
         return new
 
     async def _see_out(self, slot: Slot) -> None:

@@ -130,6 +130,22 @@ def test_every_key_there_is_was_tried() -> None:
                 assert f"\n{key} =" in EVERY_KEY
 
 
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    example = text.split("```toml\n", 1)[1].split("```", 1)[0]
+    config = loaded(tmp_path, example)
+    assert [export.name for export in config.exports] == ["vda", "vdb"] and config.directory is not None
+    for keys in (
+        configfile.LISTEN,
+        configfile.SERVER,
+        configfile.EXPORT,
+        configfile.IMAGE,
+        configfile.ACCESS,
+    ):
+        for key in keys:
+            assert f"`{key}`" in text
+
+
 def test_tcp_and_vsock(tmp_path: Path) -> None:
     export = '[[export]]\nimage = "a"\n'
     assert loaded(tmp_path, f'{export}[listen]\nbind = "*"\nport = 0').listen == ListenConfig(

@@ -337,6 +337,25 @@ class TestUpdate:
 
         run(main)
 
+    def test_an_image_that_moves_to_another_name(self) -> None:
+        async def main() -> None:
+            registry, old, new = ExportRegistry(), Disk("old"), Disk("new")
+            other = Disk("other")
+            source = Source(name="other", open=other.open, file="another file")
+            registry.offer(old.source)
+            lease = await leased(registry, "old")
+            registry.update([new.source, source])
+            (await leased(registry, "other")).release()
+            opening = asyncio.ensure_future(leased(registry, "new"))
+            await settle()
+            assert not opening.done()
+            lease.release()
+            (await opening).release()
+            await registry.close()
+            assert old.log == ["open", "close"] and new.log == ["open", "close"]
+
+        run(main)
+
     def test_who_may_use_it_changes_while_it_is_open(self) -> None:
         async def main() -> None:
             registry, disk = ExportRegistry(), Disk("a")

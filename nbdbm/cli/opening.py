@@ -44,6 +44,7 @@ def source(config: ExportConfig) -> Source:
         description=config.description,
         open=opened,
         access=config.access,
+        file=os.path.realpath(config.image),
         grace=config.grace if config.on_demand else None,
         # Who may use it and how it is described can change while it is open.
         key=replace(config, description="", access=EVERYBODY),

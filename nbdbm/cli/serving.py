@@ -44,6 +44,12 @@ async def run(
     server = Server(registry, config.server)
     _on_signals(stop, server)
     with _bound(config, environ) as listeners:
+        for listener in listeners:
+            if listener.exposed:
+                log.warning(
+                    "%s: other machines can reach this, and what they read and write is not encrypted",
+                    listener.uri(""),
+                )
         if config.directory is not None:
             registry.directory = Directory(config.directory)
         slots = [registry.offer(source) for source in sources(config)]

@@ -14,6 +14,7 @@ import stat
 import struct
 from collections.abc import MutableMapping
 from contextlib import suppress
+from ipaddress import ip_address
 
 from nbdbm.config import DEFAULT_HOST, DEFAULT_PORT, MAX_SOCKET_PATH, ListenConfig
 from nbdbm.errors import UsageError
@@ -47,6 +48,12 @@ class Listener:
     def uri(self, export: str) -> NbdUri:
         """The URI by which a client on this machine reaches ``export``."""
         return NbdUri(self._uri.scheme, self._uri.host, self._uri.port, self._uri.socket, export)
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines may reach it: TCP on an address that is not this machine's own loop."""
+        tcp = (sock for sock in self.sockets if sock.family in (socket.AF_INET, socket.AF_INET6))
+        return any(not ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in tcp)
 
     def listen(self) -> None:
         """Let clients connect."""

@@ -128,6 +128,14 @@ class TestCommandLine:
             assert (found.st_uid, found.st_gid) == (os.getuid(), os.getgid())
 
 
+def test_a_public_address_without_encryption_is_warned_of(tmp_path: Path) -> None:
+    image = raw(tmp_path / "a", "a")
+    with started(*SERVE, "-r", "-f", "raw", "-b", "*", "-p", "0", str(image), lines=1) as (process, said):
+        status, errors = ended(process)
+    assert status == 0
+    assert errors.startswith(f"nbdbm: {said[0]}: other machines can reach this")
+
+
 class TestDirectory:
     def test_opened_when_asked_for_and_closed_afterwards(self, tmp_path: Path) -> None:
         place, path = tmp_path / "images", tmp_path / "s"

@@ -11,8 +11,9 @@ import pytest
 
 from nbdbm.config import ListenConfig
 from nbdbm.errors import UsageError
+from nbdbm.peer import Peer
 from nbdbm.server import listener as listeners
-from nbdbm.server.listener import UnixListener, bind, bind_tcp, inherited, notify, peer_of, prepare
+from nbdbm.server.listener import UnixListener, bind, bind_tcp, inherited, notify, owner_ids, peer_of, prepare
 
 
 def connect(path: Path) -> None:
@@ -292,6 +293,81 @@ class TestNotify:
         assert not caplog.records
         notify(str(tmp_path / "gone"), "READY=1")
         assert "gone: No such file" in caplog.text
+
+
+class TestOwner:
+    def test_mode_and_owner_are_there_before_it_can_be_connected_to(self, tmp_path: Path) -> None:
+        path = tmp_path / "s"
+        made = bind(
+            ListenConfig(socket=str(path), socket_mode=0o600, socket_owner=f"{os.getuid()}:{os.getgid()}")
+        )
+        (hidden,) = tmp_path.iterdir()
+        assert stat.S_IMODE(hidden.stat().st_mode) == 0o600
+        made.listen()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        made.close()
+
+    @pytest.mark.parametrize(
+        ("owner", "ids"),
+        [
+            (None, (-1, -1)),
+            ("0", (0, -1)),
+            ("7:8", (7, 8)),
+            (":8", (-1, 8)),
+            ("root:root", (0, 0)),
+            ("root", (0, -1)),
+        ],
+    )
+    def test_ids(self, owner: str | None, ids: tuple[int, int]) -> None:
+        assert owner_ids(owner) == ids
+
+    @pytest.mark.parametrize("owner", ["no-such-user", "0:no-such-group"])
+    def test_nobody(self, owner: str) -> None:
+        with pytest.raises(UsageError, match="no-such"):
+            owner_ids(owner)
+
+    def test_an_owner_that_may_not_be_given_leaves_no_socket(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def chown(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "chown", chown)
+        with pytest.raises(PermissionError) as caught:
+            bind(ListenConfig(socket=str(tmp_path / "s"), socket_owner="1"))
+        assert caught.value.filename == str(tmp_path / "s")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestVsock:
+    """Binding alone: a connection needs a virtual machine, or a kernel with vsock's loopback."""
+
+    def test_uri_and_peer(self) -> None:
+        try:
+            made = bind(ListenConfig(vsock=0))
+        except UsageError as error:
+            assert "this kernel has no vsock" in str(error)
+            return
+        port = made.sockets[0].getsockname()[1]
+        assert str(made.uri("disk")) == f"nbd+vsock://2:{port}/disk"
+        assert peer_of(made.sockets[0], (3, 1027)) == Peer(address="vsock:3:1027")
+        assert not made.exposed
+        made.close()
+
+    def test_no_such_family(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(97, "Address family not supported by protocol")
+
+        monkeypatch.setattr(socket, "socket", refuse)
+        with pytest.raises(UsageError, match="--vsock 5: this kernel has no vsock: Address family"):
+            bind(ListenConfig(vsock=5))
+
+
+@pytest.mark.parametrize(("host", "exposed"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_exposed(host: str, exposed: bool) -> None:
+    made = bind_tcp(host, 0)
+    assert made.exposed is exposed
+    made.close()
 
 
 class TestPeer:

@@ -16,7 +16,7 @@ from nbdbm.errors import UsageError
 from nbdbm.exports import Export
 from nbdbm.registry import ExportRegistry
 from nbdbm.server import server as server_module
-from nbdbm.server.listener import UnixListener, bind, bind_tcp
+from nbdbm.server.listener import Listener, UnixListener, bind, bind_tcp
 from nbdbm.server.server import Server
 from tests.server.memimage import MemoryImage
 from tests.server.rawclient import RawClient, request
@@ -249,5 +249,95 @@ class TestClose:
             for _ in range(2):
                 with pytest.raises(OSError, match="No space"):
                     await server.close()
+
+        run(main)
+
+
+def tcp_server(config: ServerConfig) -> tuple[Server, Listener]:
+    registry = ExportRegistry()
+    registry.add(Export.of(MemoryImage(CONTENT)))  # type: ignore[arg-type]
+    return Server(registry, config), bind_tcp("127.0.0.1", 0)
+
+
+class TestPlaces:
+    def test_of_one_address(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def main() -> None:
+            server, listener = tcp_server(ServerConfig(max_connections_per_address=2))
+            await server.start([listener])
+            address = listener.sockets[0].getsockname()
+            clients = [await asyncio.open_connection(*address) for _ in range(2)]
+            for reader, _ in clients:
+                assert await reader.readexactly(8) == b"NBDMAGIC"
+            refused, writer = await asyncio.open_connection(*address)
+            assert await refused.read() == b""
+            writer.close()
+            # With one gone there is room again.
+            clients[0][1].close()
+            await until(lambda: server.connections == 1)
+            reader, writer = await asyncio.open_connection(*address)
+            assert await reader.readexactly(8) == b"NBDMAGIC"
+            writer.close()
+            clients[1][1].close()
+            await server.close()
+
+        run(main)
+        (record,) = (record for record in caplog.records if "refused" in record.message)
+        assert record.message.endswith("refused, 127.0.0.1 has 2 connections")
+
+    def test_idle_handshakes_make_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server_module, "EVICT_AFTER", 0.05)
+        monkeypatch.setattr(server_module, "CROWDED", 0.02)
+
+        async def main() -> None:
+            server, listener = tcp_server(ServerConfig(max_connections=2))
+            await server.start([listener])
+            address = listener.sockets[0].getsockname()
+            idle = [await asyncio.open_connection(*address) for _ in range(2)]
+            for reader, _ in idle:
+                await reader.readexactly(18)
+            await asyncio.sleep(0.2)
+            assert server.connections == 2, "nobody waits: they may stay"
+            reader, writer = await asyncio.open_connection(*address)
+            assert await asyncio.wait_for(reader.readexactly(8), 10) == b"NBDMAGIC"
+            # The one that came first had to go.
+            assert await idle[0][0].read() == b"" and not idle[1][0].at_eof()
+            for _, other in [*idle, (reader, writer)]:
+                other.close()
+            await server.close()
+
+        run(main)
+
+    def test_clients_past_the_handshake_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server_module, "EVICT_AFTER", 0.02)
+        monkeypatch.setattr(server_module, "CROWDED", 0.01)
+
+        async def main() -> None:
+            config = ServerConfig(max_connections=1)
+            async with running(MemoryImage(CONTENT), tmp_path, config) as (server, path):
+                first = await connected(path)
+                waiting = asyncio.ensure_future(connected(path))
+                await asyncio.sleep(0.1)
+                assert not waiting.done()
+                first.read(1, 0, 5)
+                assert (await first.reply()).data == b"xxxxx"
+                await first.close()
+                await (await waiting).close()
+                await until(lambda: server.connections == 0)
+
+        run(main)
+
+    def test_other_limits_from_now_on(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with running(MemoryImage(CONTENT), tmp_path, ServerConfig(max_connections=1)) as (
+                server,
+                path,
+            ):
+                first = await connected(path)
+                waiting = asyncio.ensure_future(connected(path))
+                await asyncio.sleep(0.05)
+                assert not waiting.done()
+                server.reconfigure(ServerConfig(max_connections=2))
+                await (await waiting).close()
+                await first.close()
 
         run(main)
