@@ -111,6 +111,14 @@ def remedy(image: str, bitmap: str) -> str:
     return shlex.join([PROGRAM, "bitmap", "remove", *end, image, bitmap])
 
 
+def say_notices(image: str, notices: list[str]) -> None:
+    """What the user should hear of, on stderr: such as why there are no bitmaps."""
+    for notice in notices:
+        # Those about another file of the chain begin with its name.
+        named = notice if notice.startswith(f"{image}: ") else f"{image}: {notice}"
+        click.echo(f"{PROGRAM}: {printable(named)}", err=True)
+
+
 @click.command(
     PROGRAM, cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )

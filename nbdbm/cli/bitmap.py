@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdbm.cli import PROGRAM, printable
+from nbdbm.cli import printable, say_notices
 from nbdbm.cli.create import parse_size
 from nbdbm.cli.options import LookOptions, image_options
 from nbdbm.cli.picture import human
@@ -44,16 +44,17 @@ def bitmap() -> None:
 def list_command(image: str, as_json: bool, dirty: bool, look: LookOptions) -> None:
     """List every bitmap, what it is good for, and how much is dirty in it."""
 
-    async def run() -> list[dict[str, Any]]:
+    async def run() -> tuple[list[dict[str, Any]], list[str]]:
         from nbdbm.image.image import Image
 
         opened = await Image.open(image, look.for_engine(chain=False))
         try:
-            return await bitmap_entries(opened, count_all=dirty)
+            return await bitmap_entries(opened, count_all=dirty), list(opened.notices)
         finally:
             await opened.close()
 
-    entries = asyncio.run(run())
+    entries, notices = asyncio.run(run())
+    say_notices(image, notices)
     if as_json:
         click.echo(json.dumps(entries, indent=2))
     elif not entries:
@@ -142,8 +143,7 @@ def change(image: str, operations: list[Operation]) -> None:
         done = asyncio.run(edit_bitmaps(image, operations))
     except BitmapError as error:
         raise ImageError(image, str(error), errno=error.errno) from error
-    for notice in done.notices:
-        click.echo(f"{PROGRAM}: {printable(notice)}", err=True)
+    say_notices(image, done.notices)
 
 
 _IMAGE = click.argument("image", metavar="IMAGE")

@@ -6,7 +6,7 @@ import asyncio
 
 import click
 
-from nbdbm.cli import PROGRAM, printable
+from nbdbm.cli import printable, say_notices
 from nbdbm.cli.create import parse_size
 from nbdbm.cli.picture import human
 from nbdbm.config import FORMATS
@@ -42,8 +42,7 @@ def resize(image: str, size: tuple[int, bool], format_: str | None, quiet: bool)
         done = asyncio.run(grow(image, number, relative=relative, format=format_))
     except BitmapError as error:
         raise ImageError(image, str(error), errno=error.errno) from error
-    for notice in done.notices:
-        click.echo(f"{PROGRAM}: {printable(notice)}", err=True)
+    say_notices(image, done.notices)
     if not quiet:
         news = f"{human(done.before)} before, {human(done.after)} now"
         if done.before == done.after:

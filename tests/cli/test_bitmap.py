@@ -215,8 +215,13 @@ def test_command_lines_that_make_no_sense(image: Path, words: list[str], says: s
 def test_notices_go_to_stderr(tmp_path: Path) -> None:
     image = tmp_path / "image.qcow2"
     image.write_bytes(Image(bitmaps=[Bitmap(b"old")], autoclear=0).build())
-    assert "stale" in change("add", image, "new").stderr
+    found = run(image)
+    assert found.stdout == "no bitmaps\n"
+    assert f"{image}: the bitmaps extension is stale" in found.stderr
+    assert json.loads(run(image, "--json").stdout) == []
+    assert f"{image}: the bitmaps extension is stale" in change("add", image, "new").stderr
     assert list(listed(image)) == ["new"]
+    assert run(image).stderr == ""
 
 
 def test_the_remedy_works(image: Path) -> None:
