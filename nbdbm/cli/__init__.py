@@ -33,6 +33,7 @@ COMMANDS = {
     "resize": "nbdbm.cli.resize:resize",
     "create": "nbdbm.cli.create:create",
     "check": "nbdbm.cli.check:check",
+    "completion": "nbdbm.cli.completion:completion",
 }
 """Subcommand -> where it is: start-up time is what a backup script feels a hundred times a night."""
 

@@ -11,7 +11,7 @@ import click
 
 from nbdbm.cli import printable, say_notices
 from nbdbm.cli.create import parse_size
-from nbdbm.cli.options import LookOptions, image_options
+from nbdbm.cli.options import FILE, LookOptions, image_options
 from nbdbm.cli.picture import human
 from nbdbm.config import FORMATS
 from nbdbm.errors import BitmapError, ImageError
@@ -37,7 +37,7 @@ def bitmap() -> None:
 
 
 @bitmap.command("list")
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", type=FILE, metavar="IMAGE")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list.")
 @click.option("--dirty", is_flag=True, help="Count dirty bytes even where that takes long.")
 @image_options(snapshot=False)
@@ -146,7 +146,7 @@ def change(image: str, operations: list[Operation]) -> None:
     say_notices(image, done.notices)
 
 
-_IMAGE = click.argument("image", metavar="IMAGE")
+_IMAGE = click.argument("image", type=FILE, metavar="IMAGE")
 _NAMES = click.argument("names", metavar="NAME...", nargs=-1, required=True)
 _GRANULARITY = click.option(
     "-g",
@@ -217,7 +217,7 @@ def disable_command(image: str, names: tuple[str, ...]) -> None:
 @_IMAGE
 @click.argument("name", metavar="NAME")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("-b", "--source-file", metavar="FILE", help="The SOURCEs are bitmaps of this image.")
+@click.option("-b", "--source-file", type=FILE, metavar="FILE", help="The SOURCEs are bitmaps of this image.")
 @click.option("-F", "--source-format", type=click.Choice(FORMATS), help="Format of FILE.")
 def merge_command(
     image: str, name: str, sources: tuple[str, ...], source_file: str | None, source_format: str | None
@@ -273,7 +273,12 @@ class InOrder(click.Command):
     "--merge", multiple=True, nargs=2, metavar="NAME SOURCE", help="Add what is dirty in SOURCE ..."
 )
 @click.option(
-    "-b", "--source-file", multiple=True, metavar="FILE", help="... which is a bitmap of this image."
+    "-b",
+    "--source-file",
+    multiple=True,
+    type=FILE,
+    metavar="FILE",
+    help="... which is a bitmap of this image.",
 )
 @click.option(
     "-F", "--source-format", multiple=True, type=click.Choice(FORMATS), help="... which has this format."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nbdbm.cli import printable
+from nbdbm.cli.options import FILE
 from nbdbm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Exit status, as with qemu-img check:
 
 
 @click.command("check", epilog=EXIT_HELP)
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", type=FILE, metavar="IMAGE")
 @click.option(
     "-r",
     "--repair",

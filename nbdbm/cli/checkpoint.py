@@ -8,10 +8,11 @@ import click
 
 from nbdbm.cli import PROGRAM, printable
 from nbdbm.cli.create import parse_size
+from nbdbm.cli.options import FILE
 
 
 @click.command("checkpoint")
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("images", type=FILE, metavar="IMAGE...", nargs=-1, required=True)
 @click.option("-n", "--name", required=True, metavar="NAME", help="The bitmap that records from now on.")
 @click.option("--disable", metavar="PREVIOUS", help="This bitmap ends here: it stays as it is from now on.")
 @click.option("--clear", is_flag=True, help="Clear NAME where it exists: a full backup is its new base.")

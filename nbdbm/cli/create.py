@@ -9,6 +9,7 @@ from fractions import Fraction
 import click
 
 from nbdbm.cli import printable
+from nbdbm.cli.options import FILE
 from nbdbm.cli.picture import human
 from nbdbm.errors import UsageError
 
@@ -34,7 +35,7 @@ def parse_size(text: str) -> int:
 
 
 @click.command("create")
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", type=FILE, metavar="IMAGE")
 @click.argument("size", type=parse_size, required=False)
 @click.option(
     "-f", "--format", "format_", type=click.Choice(("qcow2",)), default="qcow2", help="Format of IMAGE."
@@ -48,7 +49,11 @@ def parse_size(text: str) -> int:
     help="512 to 2M, a power of two (default: 64K).",
 )
 @click.option(
-    "-b", "--backing", metavar="FILE", help="Backing file; a relative name begins at IMAGE's directory."
+    "-b",
+    "--backing",
+    type=FILE,
+    metavar="FILE",
+    help="Backing file; a relative name begins at IMAGE's directory.",
 )
 @click.option(
     "-F",
@@ -69,7 +74,7 @@ def parse_size(text: str) -> int:
 @click.option(
     "--preallocation", type=click.Choice(("off", "metadata")), default="off", help="Map every cluster now."
 )
-@click.option("--data-file", metavar="FILE", help="Keep guest data in FILE, which is created too.")
+@click.option("--data-file", type=FILE, metavar="FILE", help="Keep guest data in FILE, which is created too.")
 @click.option("--data-file-raw", is_flag=True, help="Keep the data file readable as a raw image.")
 @click.option("--force", is_flag=True, help="Replace existing files, overwrite a block device.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")

@@ -10,7 +10,7 @@ import click
 
 from nbdbm.cli import printable
 from nbdbm.cli.bitmap import bitmap_entries, bitmap_table, remarks
-from nbdbm.cli.options import LookOptions, image_options
+from nbdbm.cli.options import FILE, LookOptions, image_options
 from nbdbm.cli.picture import human
 from nbdbm.errors import ImageError
 
@@ -22,7 +22,7 @@ COMPAT = {2: "0.10", 3: "1.1"}
 
 
 @click.command("info")
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", type=FILE, metavar="IMAGE")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object.")
 @click.option("--dirty", is_flag=True, help="Count dirty bytes even where that takes long.")
 @image_options(snapshot=False)

@@ -15,7 +15,7 @@ import click
 from nbdbm import uri
 from nbdbm.cli import printable
 from nbdbm.cli.mapsource import ImageSource, MapSource, ServerSource, choose, merged
-from nbdbm.cli.options import LookOptions, image_options
+from nbdbm.cli.options import FILE, LookOptions, image_options
 from nbdbm.cli.picture import Picture, Span, human, palette
 from nbdbm.errors import NbdbmError, UsageError
 from nbdbm.nbd.constants import CONTEXT_ALLOCATION, CONTEXT_BITMAP, CONTEXT_DEPTH
@@ -54,7 +54,7 @@ def describe(context: str, flags: int) -> str | None:
 
 
 @click.command("map")
-@click.argument("target", metavar="IMAGE|URI")
+@click.argument("target", type=FILE, metavar="IMAGE|URI")
 @click.option(
     "-c",
     "--context",

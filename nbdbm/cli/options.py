@@ -15,6 +15,10 @@ from nbdbm.errors import UsageError
 if TYPE_CHECKING:
     from nbdbm.image.image import OpenOptions
 
+FILE = click.Path(readable=False)
+DIRECTORY = click.Path(readable=False, file_okay=False)
+"""Names that a shell completes. What may be done with the files is found out by those who do it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookOptions:
@@ -63,7 +67,7 @@ _SNAPSHOT = click.option(
 )
 _NO_BACKING = click.option("--no-backing", is_flag=True, help="Refuse an IMAGE that refers to another file.")
 _BACKING_ROOT = click.option(
-    "--backing-root", metavar="DIR", help="Refuse backing and data files outside DIR."
+    "--backing-root", type=DIRECTORY, metavar="DIR", help="Refuse backing and data files outside DIR."
 )
 
 

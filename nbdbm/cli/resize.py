@@ -8,6 +8,7 @@ import click
 
 from nbdbm.cli import printable, say_notices
 from nbdbm.cli.create import parse_size
+from nbdbm.cli.options import FILE
 from nbdbm.cli.picture import human
 from nbdbm.config import FORMATS
 from nbdbm.errors import BitmapError, ImageError
@@ -23,7 +24,7 @@ def parse_new_size(text: str) -> tuple[int, bool]:
 
 
 @click.command("resize")
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", type=FILE, metavar="IMAGE")
 @click.argument("size", metavar="[+]SIZE", type=parse_new_size)
 @click.option(
     "-f", "--format", "format_", type=click.Choice(FORMATS), help="Format of IMAGE.  [default: qcow2]"

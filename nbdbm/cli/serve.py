@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from nbdbm.cli import PROGRAM, Ended
+from nbdbm.cli.options import DIRECTORY, FILE
 from nbdbm.config import (
     DEFAULT_BUSY_POLL,
     DEFAULT_GRACE,
@@ -61,18 +62,16 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command()
-@click.argument("images", metavar="[[NAME=]IMAGE]...", nargs=-1, type=click.Path())
-@click.option(
-    "--directory", metavar="DIR", type=click.Path(), help="Serve each image in DIR, when asked for."
-)
+@click.argument("images", metavar="[[NAME=]IMAGE]...", nargs=-1, type=FILE)
+@click.option("--directory", metavar="DIR", type=DIRECTORY, help="Serve each image in DIR, when asked for.")
 @click.option(
     "--config",
     "file",
     metavar="FILE",
-    type=click.Path(),
+    type=FILE,
     help="Serve what this file says; SIGHUP reads it anew.",
 )
-@click.option("-k", "--socket", metavar="PATH", help="Listen on a Unix socket.")
+@click.option("-k", "--socket", type=FILE, metavar="PATH", help="Listen on a Unix socket.")
 @click.option("--socket-mode", type=Octal(), metavar="MODE", help="Permissions of the Unix socket, as 0660.")
 @click.option("--socket-owner", metavar="USER[:GROUP]", help="Owner of the Unix socket.")
 @click.option("-b", "--bind", metavar="ADDR", help=f"Listen on this address.  [default: {DEFAULT_HOST}]")
@@ -133,7 +132,9 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("-l", "--load-snapshot", metavar="NAME", help="Serve an internal snapshot (id or name).")
 @click.option("--no-backing", is_flag=True, help="Refuse an image that refers to other files.")
-@click.option("--backing-root", metavar="DIR", help="Refuse backing and data files outside of DIR.")
+@click.option(
+    "--backing-root", type=DIRECTORY, metavar="DIR", help="Refuse backing and data files outside of DIR."
+)
 @click.option(
     "-U",
     "--force-share",
@@ -162,7 +163,7 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
     metavar="USEC",
     help="Microseconds to stay awake for the next request; 0: never.",
 )
-@click.option("--pid-file", metavar="FILE", help="Hold the process ID here while serving.")
+@click.option("--pid-file", type=FILE, metavar="FILE", help="Hold the process ID here while serving.")
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
 )
