@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from nbdbm.errors import BitmapError
 from nbdbm.extents import ExtentList
 from nbdbm.image.read import FILLED, LATER, ZEROES
+from nbdbm.metrics import BitmapFigures, CacheFigures
 from nbdbm.nbd.catalog import ExportInfo
 from nbdbm.nbd.constants import (
     CONTEXT_ALLOCATION,
@@ -121,6 +122,16 @@ class Export:
             ),
             image,
         )
+
+    @property
+    def bitmaps(self) -> Sequence[BitmapFigures]:
+        """Every bitmap of the image as it is now, those that are not served too; nothing is loaded for it."""
+        return self._image.bitmaps
+
+    @property
+    def caches(self) -> Sequence[CacheFigures]:
+        """The image's caches, since it was opened."""
+        return self._image.caches
 
     @property
     def try_read(self) -> Callable[[memoryview, int], int]:

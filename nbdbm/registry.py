@@ -267,9 +267,10 @@ class ExportRegistry:
         slot = self._slot(name)
         return None if slot is None else slot.export
 
-    def view(self, peer: Callable[[], Peer]) -> View:
-        """The catalog for one client; ``peer`` tells who it is by then."""
-        return View(self, peer)
+    def view(self, peer: Callable[[], Peer], missing: Callable[[], None] | None = None) -> View:
+        """The catalog for one client; ``peer`` tells who it is by then, ``missing`` is told each time when it
+        asks for an export that does not exist for it."""
+        return View(self, peer, missing)
 
     def listing(self) -> Sequence[tuple[str, str]]:
         """Names and descriptions of all, in the order in which they were added."""
@@ -421,9 +422,12 @@ class View:
     What it may not use does not exist for it.
     """
 
-    def __init__(self, registry: ExportRegistry, peer: Callable[[], Peer]) -> None:
+    def __init__(
+        self, registry: ExportRegistry, peer: Callable[[], Peer], missing: Callable[[], None] | None = None
+    ) -> None:
         self._registry = registry
         self._peer = peer
+        self._missing = missing
 
     def listing(self) -> Sequence[tuple[str, str]]:
         """Names and descriptions of those it may use, or could with TLS."""
@@ -436,6 +440,12 @@ class View:
 
     def info(self, name: str) -> ExportInfo | Absent | None:
         """The export of exactly this name, why it cannot be told of now, or None."""
+        found = self._info(name)
+        if found is None and self._missing is not None:
+            self._missing()
+        return found
+
+    def _info(self, name: str) -> ExportInfo | Absent | None:
         source = self._registry.source(name)
         if source is None:
             return None

@@ -31,6 +31,7 @@ from nbdbm.bitmaps.tracker import (
 )
 from nbdbm.errors import BitmapError, FormatError, ImageError
 from nbdbm.image.blockfile import BlockFile
+from nbdbm.metrics import BitmapFigures
 from nbdbm.qcow2.bitmapdir import (
     BitmapsExtension,
     DirectoryEntry,
@@ -239,6 +240,19 @@ class BitmapStore:
     def complete(self, bitmap: TrackedBitmap) -> bool:
         """Whether the bits in memory, if any, are all of them."""
         return bitmap not in self._partial
+
+    def figures(self) -> list[BitmapFigures]:
+        """Every bitmap as it is now; nothing is loaded for it."""
+        return [
+            BitmapFigures(
+                bitmap.name,
+                bitmap.state.value,
+                bitmap.enabled,
+                bitmap.granularity,
+                bitmap.bits.dirty_bytes() if bitmap.bits is not None and self.complete(bitmap) else None,
+            )
+            for bitmap in self.tracker
+        ]
 
     async def bits(self, name: str) -> DirtyBitmap:
         """The bits of this bitmap, loaded on first need; concurrent callers share one load.

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from nbdbm.metrics import CacheFigures
+
 TABLE_LIMIT = 32 * 1024 * 1024
 """Bytes of L2 tables kept per image with its whole backing chain. With 64 KiB clusters they map 256 GiB;
 beyond, tables are read again."""
@@ -35,6 +37,9 @@ class LoadingCache(Generic[V]):
         """Bytes held now."""
         self.values: OrderedDict[int, V] = OrderedDict()
         """For reading only; look up with ``move_to_end`` to keep the order."""
+        self.hits = 0
+        self.misses = 0
+        """Of ``get`` and ``load``; who looks into ``values`` counts for himself."""
         self._weigh = weigh
         self._loading: dict[int, asyncio.Task[V]] = {}
 
@@ -43,6 +48,7 @@ class LoadingCache(Generic[V]):
         value = self.values.get(key)
         if value is not None:
             self.values.move_to_end(key)
+            self.hits += 1
         return value
 
     async def load(self, key: int, loader: Callable[[], Awaitable[V]]) -> V:
@@ -58,6 +64,7 @@ class LoadingCache(Generic[V]):
             task = asyncio.ensure_future(self._load(key, loader))
             self._loading[key] = task
             task.add_done_callback(lambda done: self._loaded(key, done))
+            self.misses += 1
         return await asyncio.shield(task)
 
     async def _load(self, key: int, loader: Callable[[], Awaitable[V]]) -> V:
@@ -89,6 +96,10 @@ class LoadingCache(Generic[V]):
         old = self.values.pop(key, None)
         if old is not None:
             self.weight -= self._weigh(old)
+
+    def figures(self, name: str) -> CacheFigures:
+        """What it has been good for, under this name."""
+        return CacheFigures(name, self.hits, self.misses, self.weight)
 
     async def close(self) -> None:
         """Wait until nothing is loading (files may then be closed) and forget everything."""

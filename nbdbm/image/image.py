@@ -16,6 +16,7 @@ from nbdbm.image.bitmapstore import BitmapStore
 from nbdbm.image.cache import TableCache
 from nbdbm.image.read import Reader
 from nbdbm.image.status import Column, Run, StatusWalker
+from nbdbm.metrics import BitmapFigures, CacheFigures
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.snapshots import SnapshotEntry
 
@@ -285,6 +286,16 @@ class Image:
     def snapshots(self) -> Sequence[SnapshotEntry]:
         """The internal snapshots of the active layer, in file order."""
         return self._layers[0].snapshots
+
+    @property
+    def bitmaps(self) -> Sequence[BitmapFigures]:
+        """The active layer's bitmaps as they are now."""
+        return () if self._store is None else self._store.figures()
+
+    @property
+    def caches(self) -> Sequence[CacheFigures]:
+        """Of L2 tables (those that the short ways look up are not counted) and decompressed clusters."""
+        return (self._cache.figures("tables"), self._reader.figures())
 
     def try_read(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` from ``offset`` now if that needs no waiting: ``read.FILLED``, ``read.ZEROES`` (the

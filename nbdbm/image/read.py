@@ -20,6 +20,7 @@ from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile, fill_zeroes
 from nbdbm.image.clusters import ClusterMap
 from nbdbm.image.unpack import Packed, Unpacker
+from nbdbm.metrics import CacheFigures
 from nbdbm.qcow2.mapping import ABSENT, BLANK, Kind
 
 PARALLEL = 16
@@ -73,6 +74,10 @@ class Reader:
     async def close(self) -> None:
         """Wait for what is still loading."""
         await self._unpacker.close()
+
+    def figures(self) -> CacheFigures:
+        """Of the cache of decompressed clusters."""
+        return self._unpacker.figures()
 
     # -- the short way -------------------------------------------------------------------------
 

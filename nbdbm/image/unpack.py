@@ -26,6 +26,7 @@ from nbdbm.image.blockfile import BlockFile
 from nbdbm.image.cache import ClusterCache
 from nbdbm.image.clusters import ClusterMap
 from nbdbm.image.threads import Pool, in_pool
+from nbdbm.metrics import CacheFigures
 from nbdbm.qcow2.compressed import CompressedDescriptor, Content
 
 BATCH_BYTES = 1024 * 1024
@@ -82,6 +83,10 @@ class Unpacker:
         """Wait for what is still loading."""
         await self._clusters.close()
 
+    def figures(self) -> CacheFigures:
+        """What keeping clusters has been good for."""
+        return self._clusters.figures("clusters")
+
     async def fill(self, packed: list[Packed], view: memoryview) -> None:
         """Fill the pieces' places in ``view``.
 
@@ -125,6 +130,7 @@ class Unpacker:
             return data
         data = self._unpack_now(piece)
         if data is not None:
+            self._clusters.misses += 1
             self._clusters.put(key, data)
             return data
 

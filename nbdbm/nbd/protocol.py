@@ -97,6 +97,8 @@ class ServerProtocol(Receiver):
             connections live in several threads.
         allocate: gives the buffer, of the length asked for or more, that the payload of a large WRITE is
             received into. It belongs to the event then.
+        refused: told the command (any number) and the error of each request that is answered with an error
+            and becomes no event.
     """
 
     __slots__ = (
@@ -112,6 +114,7 @@ class ServerProtocol(Receiver):
         "_origins",
         "_out",
         "_queued",
+        "_refused",
         "_replies",
         "_trace",
         "_write",
@@ -126,9 +129,11 @@ class ServerProtocol(Receiver):
         limits: Limits = DEFAULT_LIMITS,
         scratch: bytearray | None = None,
         allocate: Callable[[int], Body] = bytearray,
+        refused: Callable[[int, NbdErrno], None] | None = None,
     ) -> None:
         super().__init__(scratch)
         self._allocate = allocate
+        self._refused = refused
         self.state = State.CLIENT_FLAGS
         self.negotiated: Negotiated | None = None
         """What was agreed upon, once ``accept`` was called."""
@@ -585,6 +590,8 @@ class ServerProtocol(Receiver):
     def _refuse_request(self, request: Request, refusal: Refusal) -> None:
         before = len(self._out)
         self._replies.error(self._out, request.cookie, request.offset, *refusal)
+        if self._refused is not None:
+            self._refused(request.type, refusal.error)
         if self._trace:
             self._log_reply(before)
 

@@ -17,14 +17,16 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from nbdbm.inline import run_inline
+from nbdbm.metrics import Ending
 from nbdbm.nbd.constants import NbdErrno
 from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
+from nbdbm.server.account import Account
 from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
-from nbdbm.server.dispatch import Context, answer, cost
+from nbdbm.server.dispatch import NAMES, Context, answer, cost
 from nbdbm.server.fastpath import FastPath
 
 if TYPE_CHECKING:
@@ -84,7 +86,12 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._server = server
         self._socket = sock
         self._loop = asyncio.get_running_loop()
-        self._protocol = ServerProtocol(server.registry.view(lambda: self.peer), allocate=server.buffers.take)
+        self.account = Account(server.metrics)
+        self._protocol = ServerProtocol(
+            server.registry.view(lambda: self.peer, self.account.turn_away),
+            allocate=server.buffers.take,
+            refused=self.account.refused,
+        )
         self._transport: asyncio.Transport | None = None
         self._lease: Lease | None = None
         """Of the export last asked about, or the one that is used; kept until nothing of us is left."""
@@ -191,6 +198,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._stay_awake(poll)
         except BaseException:
             # A bug: this connection ends, as it does where the transport has called us.
+            self.account.end(Ending.FAILED)
             self.abort()
             raise
 
@@ -213,7 +221,11 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._answered += len(unsent)
 
     def eof_received(self) -> bool:
-        self._take(self._protocol.receive_eof())
+        events = self._protocol.receive_eof()
+        for event in events:
+            if isinstance(event, Disconnected):
+                self.account.end(Ending.DISCONNECTED, event.reason)
+        self._take(events)
         self._ended = True
         self._pump()
         # The client may have closed its sending half only: what it asked for is still answered.
@@ -231,6 +243,7 @@ class NbdConnection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
             log.debug("connection lost: %s", exc)
+        self.account.end(Ending.DISCONNECTED, "" if exc is None else str(exc))
         self._lost = self._ended = True
         self._protocol.receive_eof()
         self._waiting.clear()
@@ -251,15 +264,28 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Whether it has not asked for an export, and does not wait for us to open one."""
         return self._handshake is not None and self._opening is None
 
+    @property
+    def running(self) -> int:
+        """Commands begun, or waiting to be, and not answered."""
+        return self._running + len(self._waiting) + len(self._ahead)
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that commands in progress and unsent replies take, roughly and from above."""
+        return self._bytes
+
     def drain(self) -> None:
         """Take no more commands, answer those in progress, then close."""
         if self._ended:
             return
+        self.account.end(Ending.SHUTDOWN)
         self._ended = True
         commands = [command for _, command in self._waiting] + [cast(Command, each) for each in self._ahead]
         self._waiting.clear()
         self._ahead.clear()
         for command in commands:
+            assert self._context is not None
+            self._context.tally.commands[NAMES[type(command)]].refuse(NbdErrno.ESHUTDOWN.name)
             self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, "the server is shutting down")
         self._pump()
 
@@ -280,6 +306,10 @@ class NbdConnection(asyncio.BufferedProtocol):
                     self._opening = self._loop.create_task(self._open(event.name))
                 elif isinstance(event, Disconnected):
                     log.debug("client left%s: %s", "" if event.clean else " badly", event.reason)
+                    self.account.end(
+                        Ending.GOODBYE if event.clean else Ending.PROTOCOL,
+                        "" if event.clean else event.reason,
+                    )
                     self._ended = True
                 elif not self._ended:
                     self._waiting.append((cost(event), event))
@@ -292,9 +322,11 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._hold(await self._server.registry.lease(name, self.peer, self.drain))
             events = self._protocol.opened()
         except Refused as refused:
+            self.account.turn_away()
             events = self._protocol.refuse(refused.rep, str(refused))
         except Exception:
             log.exception("opening export %r", name)  # a bug: this connection ends
+            self.account.end(Ending.FAILED)
             self.abort()
         finally:
             self._opening = None
@@ -316,15 +348,19 @@ class NbdConnection(asyncio.BufferedProtocol):
             lease = cast(Lease, self._lease)
             lease.count()
         except Refused as refused:
+            self.account.turn_away()
             return self._protocol.refuse(refused.rep, str(refused))
         export = lease.export
         if self._handshake is not None:
             self._handshake.cancel()
             self._handshake = None
-        self._context = Context(export, self._protocol, self._server.buffers, self._sent)
+        tally = self.account.enter(export.info.name)
+        self._context = Context(export, self._protocol, self._server.buffers, self._sent, tally)
         events = self._protocol.accept(export.info)
+        if (negotiated := self._protocol.negotiated) is not None:
+            self.account.contexts = [context.name for context in negotiated.contexts]
         if self._socket is not None and not self._protocol.traced:
-            self._fast = FastPath(export, self._protocol, self._socket, self._server.buffers)
+            self._fast = FastPath(export, self._protocol, self._socket, self._server.buffers, tally)
             if self._server.busy_poll:
                 self._poll = BusyPoll(self._socket, self._server.busy_poll)
         return events
@@ -334,7 +370,9 @@ class NbdConnection(asyncio.BufferedProtocol):
             # It is we who take long.
             self._handshake = self._loop.call_later(HANDSHAKE_AGAIN, self._handshake_expired)
             return
-        log.debug("client asked for no export in %g s", self._server.config.handshake_timeout)
+        self.account.end(
+            Ending.TIME_OUT, f"no export asked for in {self._server.config.handshake_timeout:g} s"
+        )
         self.abort()
 
     # -- the pump: start what the limits allow, send what is answered, read on if there is room
@@ -419,6 +457,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._answered += price
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a request's task failed", exc_info=error)
+            self.account.end(Ending.FAILED)
             self.abort()
         if self._lost:
             self._forget_if_over()
@@ -506,6 +545,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         left = self._left()
         if left >= before:
             log.debug("client does not take the last %d bytes", left)
+            self.account.end(Ending.TIME_OUT, f"the last {left} bytes were not taken")
             self.abort()
         else:
             self._linger = self._loop.call_later(LINGER, self._linger_expired, left)
@@ -514,6 +554,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._running and self._opening is None:
             self._release()
             self._hold(None)
+            self.account.close(self.peer)
             self._server.forget(self)
 
 

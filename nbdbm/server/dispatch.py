@@ -6,10 +6,12 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 from nbdbm.errors import NbdbmError
 from nbdbm.exports import Export
+from nbdbm.metrics import Tally
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
 from nbdbm.nbd.protocol import ServerProtocol
@@ -51,14 +53,31 @@ class Context(NamedTuple):
     buffers: BufferPool
     sent: list[Buffer]
     """Buffers whose content is queued as replies; the connection gives them back once it is sent."""
+    tally: Tally
 
 
 async def answer(event: Command, context: Context) -> None:
     """Carry out one command and queue its reply, which is an error reply if it fails. Never raises."""
+    kind = type(event)
+    figures = context.tally.commands[NAMES[kind]]
+    began = perf_counter_ns()
     try:
-        await HANDLERS[type(event)](event, context)
+        await HANDLERS[kind](event, context)
+        size = amount(event)
     except Exception as error:
-        context.protocol.reply_error(event.cookie, *wire_error(event, error))
+        code, text = wire_error(event, error)
+        context.protocol.reply_error(event.cookie, code, text)
+        figures.fail(code.name)
+        size = 0
+    figures.record(1, size, perf_counter_ns() - began)
+    context.tally.general += 1
+
+
+def amount(event: Command) -> int:
+    """Bytes that the command is about, for the statistics."""
+    if isinstance(event, Flush | BlockStatus):
+        return 0
+    return len(event.data) if isinstance(event, Write) else event.length
 
 
 def wire_error(event: Command, error: Exception) -> tuple[NbdErrno, str]:
@@ -101,6 +120,18 @@ def cost(event: Command) -> int:
             return REQUEST_COST * (1 + len(event.contexts))
         return REQUEST_COST + STATUS_COST * min(len(event.contexts), STATUS_CONTEXTS)
     return REQUEST_COST
+
+
+NAMES: dict[type, str] = {
+    Read: "read",
+    Write: "write",
+    WriteZeroes: "zero",
+    Trim: "trim",
+    Cache: "cache",
+    Flush: "flush",
+    BlockStatus: "status",
+}
+"""Commands as they are counted."""
 
 
 async def _read(event: Read, context: Context) -> None:

@@ -8,9 +8,10 @@ import logging
 import select
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nbdbm.config import ServerConfig
+from nbdbm.metrics import Ending, Metrics
 from nbdbm.peer import Peer
 from nbdbm.registry import ExportRegistry
 from nbdbm.server.buffers import BufferPool
@@ -50,6 +51,7 @@ class Server:
         self.registry = registry
         self.config = config or ServerConfig()
         self.buffers = BufferPool()
+        self.metrics = Metrics()
         self.bytes = 0
         """What the connections hold in memory together; they keep the account."""
         self.max_bytes = MAX_BYTES
@@ -81,6 +83,11 @@ class Server:
     def connections(self) -> int:
         """Clients being served."""
         return len(self._connections)
+
+    @property
+    def clients(self) -> Iterable[NbdConnection]:
+        """Their connections."""
+        return self._connections
 
     @property
     def alone(self) -> bool:
@@ -133,6 +140,7 @@ class Server:
         if idle and self._somebody_waits():
             longest = min(idle, key=lambda each: each.begun)
             log.warning("%s: handshake cut off, others wait for its place", longest.peer)
+            longest.account.end(Ending.TIME_OUT, "others waited for its place during the handshake")
             longest.abort()
         self._crowded = asyncio.get_running_loop().call_later(CROWDED, self._make_room)
 
@@ -160,6 +168,7 @@ class Server:
                 return
             peer = peer_of(sock, address)
             if (network := self._crowds(peer)) is not None:
+                self.metrics.refused += 1
                 log.warning("%s: refused, %s has %d connections", peer, network, self._networks[network])
                 sock.close()
                 continue
@@ -193,6 +202,7 @@ class Server:
 
     def _new_connection(self, sock: socket.socket, peer: Peer) -> NbdConnection:
         connection = NbdConnection(self, sock, peer)
+        self.metrics.accepted += 1
         self._connections.add(connection)
         if peer.network is not None:
             self._networks[peer.network] += 1

@@ -50,6 +50,8 @@ def test_concurrent_misses_share_one_load() -> None:
 
         assert await asyncio.gather(*(cache.load(7, loader) for _ in range(5))) == [b"value"] * 5
         assert await cache.load(7, loader) == b"value"
+        figures = cache.figures("some")
+        assert (figures.name, figures.hits, figures.misses, figures.bytes) == ("some", 1, 1, 5)
 
     asyncio.run(run())
     assert calls == [1]

@@ -11,6 +11,7 @@ import pytest
 
 from nbdbm.errors import BitmapError, NbdbmError
 from nbdbm.exports import Export
+from nbdbm.metrics import Tally
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
 from nbdbm.server import dispatch
@@ -56,7 +57,7 @@ class Recorder:
 def carry_out(event: Command, image: MemoryImage, recorder: Recorder | None = None) -> list[tuple[Any, ...]]:
     recorder = recorder or Recorder()
     export = Export.of(image)  # type: ignore[arg-type]
-    asyncio.run(answer(event, Context(export, recorder, BufferPool(), [])))  # type: ignore[arg-type]
+    asyncio.run(answer(event, Context(export, recorder, BufferPool(), [], Tally())))  # type: ignore[arg-type]
     return recorder.replies
 
 
@@ -81,14 +82,14 @@ class TestRead:
 
     def test_the_buffer_is_handed_on_for_reuse(self) -> None:
         export = Export.of(self.IMAGE)  # type: ignore[arg-type]
-        context = Context(export, Recorder(), BufferPool(), [])  # type: ignore[arg-type]
+        context = Context(export, Recorder(), BufferPool(), [], Tally())  # type: ignore[arg-type]
         asyncio.run(answer(Read(1, 0, 3, NO), context))
         assert [bytes(buffer) for buffer in context.sent] == [b"abc"]
 
     def test_but_not_after_a_failure(self) -> None:
         image = MemoryImage(bytes(10))
         image.failures[0] = OSError(errno.EIO, "broken")
-        context = Context(Export.of(image), Recorder(), BufferPool(), [])  # type: ignore[arg-type]
+        context = Context(Export.of(image), Recorder(), BufferPool(), [], Tally())  # type: ignore[arg-type]
         asyncio.run(answer(Read(1, 0, 3, NO), context))
         assert context.sent == []
 
