@@ -32,10 +32,11 @@ unit: $(DEV_STAMP)
 interop: peers $(COMPILED) $(PEERS_STAMP)
 	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/interop
 
-## make peers     install qemu-utils, libnbd and the other peers (Debian), and the newest beside them
+## make peers     install qemu-utils, libnbd and the other peers (Debian), unpack newer ones and guests
 peers:
 	@scripts/install_peers.sh
-	@scripts/newer_peers.sh
+	@scripts/unpack_peers.sh bookworm
+	@scripts/unpack_peers.sh trixie
 
 ## make bench     beside qemu-nbd: times, memory; BENCH_ARGS="--quick randread" for less, --help for more
 bench: peers $(COMPILED)

@@ -6,7 +6,7 @@
     python -m scripts.bench --also "old=/elsewhere/.venv/bin/nbdbm" randread
 
 A benchmark, not a test: its status is 0 whoever wins. Needs qemu-utils, libnbd-bin, python3-libnbd and fio;
-a QEMU put beside the system's own by scripts/newer_peers.sh takes part. Images are made in a temporary
+a QEMU put beside the system's own by scripts/unpack_peers.sh takes part. Images are made in a temporary
 directory that is removed in the end; ``--dir`` keeps them for the next run.
 """
 

@@ -11,14 +11,16 @@ import pytest
 from tests.support import qemu, servers
 from tests.support.marks import missing
 
-PATIENCE = 50
-"""Seconds for one test: less than pytest-timeout's, whose signal cannot interrupt a wait inside libnbd."""
+HASTE = 10
+"""Seconds before pytest-timeout's signal, which cannot interrupt a wait inside libnbd."""
 
 
 @pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
+def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the servers under a test that takes too long, so that it fails instead of hanging."""
-    timer = threading.Timer(PATIENCE, servers.kill_all)
+    mark = request.node.get_closest_marker("timeout")
+    limit = mark.args[0] if mark else float(request.config.getini("timeout"))
+    timer = threading.Timer(limit - HASTE, servers.kill_all)
     timer.start()
     yield
     timer.cancel()

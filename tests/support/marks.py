@@ -11,11 +11,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
-from tests.support import imageio, libnbd, qemu
+from tests.support import guest, imageio, libnbd, qemu
 
 
 def requires(*peers: str) -> pytest.MarkDecorator:
@@ -77,6 +77,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
     },
     "compiled": _compiled,
     "imageio": imageio.missing,
+    **{kernel: partial(guest.missing, suite) for kernel, suite in guest.KERNELS.items()},
     "libnbd": libnbd.missing,
     "newer": qemu.newer_missing,
 }

@@ -1,7 +1,7 @@
 """The outside tools (QEMU's, libnbd's), one wrapper each, in two generations.
 
-``SYSTEM`` runs what the system has installed; ``newer()`` what scripts/newer_peers.sh unpacked beside it
-(QEMU 10, libnbd 1.22). The newer ones run through their own dynamic loader, in the same file system, so
+``SYSTEM`` runs what the system has installed; ``newer()`` what scripts/unpack_peers.sh unpacked beside it
+(QEMU 10, libnbd 1.22). What is unpacked runs through its own dynamic loader, in the same file system, so
 a path means the same for both. Every run is bounded in time, and only processes started here are ended.
 """
 
@@ -70,7 +70,9 @@ class Tools:
         if self.root is None:
             return [shutil.which(tool, path=SEARCH_PATH) or tool, *rest]
         loader, libraries = _loader(self.root)
-        return [str(loader), "--library-path", str(libraries), str(self.root / "usr/bin" / tool), *rest]
+        places = [self.root / "usr/bin" / tool, self.root / "usr/sbin" / tool]
+        program = next((path for path in places if path.exists()), places[0])
+        return [str(loader), "--library-path", str(libraries), str(program), *rest]
 
     def run(self, tool: str, *args: object, check: bool = True, timeout: float = TIMEOUT) -> str:
         """Run ``tool`` and return what it printed on stdout."""
@@ -108,22 +110,22 @@ SYSTEM = Tools("system")
 
 
 @cache
-def newer_place() -> Path:
-    """Where the newer generation is, or would be."""
-    done = run([str(ROOT / "scripts/newer_peers.sh"), "--where"])
+def unpacked(suite: str) -> Path:
+    """Where what scripts/unpack_peers.sh unpacks from a Debian ``suite`` is, or would be."""
+    done = run([str(ROOT / "scripts/unpack_peers.sh"), "--where", suite])
     return Path(done.stdout.strip())
 
 
 def newer() -> Tools:
     """The newer generation; ``newer_missing`` says whether it is there."""
-    return Tools("newer", newer_place())
+    return Tools("newer", unpacked("trixie"))
 
 
 def newer_missing() -> str | None:
     """Why the newer generation cannot be used, or None if it can."""
-    place = newer_place()
+    place = unpacked("trixie")
     if not (place / "usr/bin/nbdinfo").exists():
-        return f"QEMU 10 and libnbd 1.22 are not at {place} (scripts/newer_peers.sh puts them there)"
+        return f"QEMU 10 and libnbd 1.22 are not at {place} (scripts/unpack_peers.sh puts them there)"
     done = run(newer().argv("nbdinfo", "--version"), check=False)
     if done.returncode != 0:
         return f"the programs at {place} do not run here: {done.stderr.strip()}"
@@ -133,7 +135,8 @@ def newer_missing() -> str | None:
 @cache
 def _loader(root: Path) -> tuple[Path, Path]:
     """The dynamic loader under ``root`` and the directory of its libraries."""
-    loaders = sorted([*root.glob("usr/lib64/ld-linux-*.so.*"), *root.glob("usr/lib/ld-linux-*.so.*")])
+    # Not the one in lib64, which may be a link to the system's own.
+    loaders = sorted([*root.glob("usr/lib/*/ld-linux-*.so.*"), *root.glob("usr/lib/ld-linux-*.so.*")])
     libraries = sorted(root.glob("usr/lib/*/libc.so.6"))
     assert loaders and libraries, f"{root}: no dynamic loader or no C library"
     return loaders[0], libraries[0].parent

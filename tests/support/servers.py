@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -158,6 +159,36 @@ def on_tcp(argv: Sequence[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
     try:
         wait_for_port(port, process)
         yield process
+    finally:
+        stop(process)
+
+
+@contextlib.contextmanager
+def nbdbm_on_tcp(
+    image: object, place: Path, *options: object
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """``nbdbm serve`` on a free loopback port: the process, and the port that it says it took.
+
+    If the process still lives at the end of the block, it must then end with 0 and without a traceback.
+    What it prints goes to ``place / "server"``.
+    """
+    log = place / "server"
+    argv = [*NBDBM, "serve", "--bind", "127.0.0.1", "--port", "0", *map(str, options), str(image)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=qemu.environment()
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not (found := re.match(r"nbd://127\.0\.0\.1:(\d+)/.*\n", log.read_text())):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerFailed(process.poll() or -1, log.read_text())
+            time.sleep(0.01)
+        yield process, int(found[1])
+        if process.poll() is None:
+            status = stop(process)
+            output = log.read_text(errors="backslashreplace")
+            assert status == 0 and "Traceback" not in output, f"status {status} after SIGTERM\n{output}"
     finally:
         stop(process)
 
