@@ -11,7 +11,7 @@ DEV_STAMP  := $(VENV)/.installed-dev
 PEERS_STAMP := $(VENV)/.installed-peers
 COMPILED   := nbdbm/_speed.abi3.so
 
-.PHONY: help demo test unit interop peers bench growth bench-doc man lint format types clean
+.PHONY: help demo test unit interop peers bench growth bench-doc man picture lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -54,13 +54,18 @@ bench-doc: $(DEV_STAMP)
 man: $(USER_STAMP)
 	$(BIN)/python -m scripts.manpages build/man
 
-## make lint      style, import layers, twin tests, the README's tree
+## make picture   the picture in docs/architecture.md, from the imports of the package
+picture: $(BIN)/python
+	$(BIN)/python -m scripts.layer_picture --write
+
+## make lint      style, import layers, twin tests, the README's tree, the picture of the layers
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python scripts/check_layers.py
 	$(BIN)/python scripts/check_mirror.py
 	$(BIN)/python scripts/check_tree.py
+	$(BIN)/python -m scripts.layer_picture
 
 ## make format    let ruff format and fix
 format: $(DEV_STAMP)

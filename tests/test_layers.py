@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from scripts import check_layers, check_mirror, check_tree
+from scripts import check_layers, check_mirror, check_tree, layer_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("check", [check_layers, check_mirror, check_tree], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check", [check_layers, check_mirror, check_tree, layer_picture], ids=lambda check: check.__name__
+)
 def test_nothing_to_complain_about(check) -> None:  # type: ignore[no-untyped-def]
     assert check.complaints(ROOT) == []
 
@@ -25,6 +28,8 @@ def tree(tmp_path: Path) -> Path:
             ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", ".mypy_cache")
         )
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / layer_picture.PICTURE, tmp_path / "docs")
     return tmp_path
 
 
@@ -70,3 +75,41 @@ def test_a_tree_in_the_readme_that_is_not_the_tree_is_found(tree: Path) -> None:
     assert any("errors.py" in complaint for complaint in complaints)
     check_tree.write(tree)
     assert check_tree.complaints(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("image/lonely.py", "X = 1"),
+        ("bitmaps/dirty.py", "import nbdbm.qcow2.constants"),
+        ("lonely/__init__.py", "from nbdbm.nbd import protocol"),
+    ],
+)
+def test_a_picture_of_other_code_is_found(tree: Path, module: str, line: str) -> None:
+    path = tree / "nbdbm" / module
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    (complaint,) = layer_picture.complaints(tree)
+    assert "make picture" in complaint
+    layer_picture.write(tree)
+    assert layer_picture.complaints(tree) == []
+
+
+def test_the_picture_stays_when_nothing_that_it_shows_has_changed(tree: Path) -> None:
+    path = tree / "nbdbm/image/image.py"
+    path.write_text(path.read_text() + "\nimport json\nfrom nbdbm.qcow2 import header as another\n")
+    assert layer_picture.complaints(tree) == []
+
+
+def test_arrows_point_down_and_boxes_do_not_touch() -> None:
+    layers = layer_picture.modules(ROOT)
+    edges = layer_picture.arrows(ROOT, layers)
+    boxes = {name: layer_picture.Box(name, found) for name, found in layers.items() if name in sum(edges, ())}
+    rows, _ = layer_picture.rows_of(boxes, edges)
+    layer_picture.place(rows)
+    assert ("exports", "image") in edges and ("image", "exports") not in edges
+    for upper, lower in edges:
+        assert boxes[upper].y + boxes[upper].height < boxes[lower].y
+    for row in rows:
+        for left, right in pairwise(row):
+            assert left.x + left.width / 2 < right.x - right.width / 2
