@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -172,3 +174,56 @@ class TestProgram:
     def test_nobody_reads_the_output(self, tmp_path: Path) -> None:
         closed = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1); nbdbm.cli.program()"
         assert self.run(tmp_path, closed).returncode == 7
+
+
+# -- docs/cli.md -------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs/cli.md"
+
+
+def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, by the words that call it."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def options_of(command: click.Command) -> list[set[str]]:
+    """Its options, each as the long names that mean the same."""
+    found = []
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            found += [parameter.opts, parameter.secondary_opts]
+    return [{name for name in names if name.startswith("--")} for names in found if names]
+
+
+def sections() -> dict[str, str]:
+    """What docs/cli.md says, by the commands that a heading names; the words above them all, too."""
+    found = {}
+    for part in re.split(r"^## ", DOCUMENT.read_text(), flags=re.MULTILINE)[1:]:
+        heading, text = part.split("\n", 1)
+        for name in heading.split(", "):
+            found[name.removeprefix("nbdbm ")] = text
+    return found
+
+
+@pytest.mark.parametrize("name", dict(commands()))
+def test_every_option_is_documented(name: str) -> None:
+    command = dict(commands())[name]
+    text = sections()
+    section = text.get(name) or text.get(name.split()[0])
+    assert section is not None, f"docs/cli.md has no section 'nbdbm {name}'"
+    said = set(re.findall(r"--[a-z][a-z0-9-]*", section))
+    missing = [names for names in options_of(command) if not names & said]
+    assert missing == [], f"docs/cli.md, section 'nbdbm {name}'"
+
+
+def test_nothing_is_documented_that_is_not_there() -> None:
+    known = {name for _, command in commands() for names in options_of(command) for name in names}
+    known |= {name for names in options_of(main) for name in names} | {"--help"}
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", DOCUMENT.read_text())) <= known
