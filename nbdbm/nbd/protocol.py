@@ -96,7 +96,7 @@ class ServerProtocol(Receiver):
         scratch: a receive buffer instead of the one shared by the whole process; needed only if
             connections live in several threads.
         allocate: gives the buffer, of the length asked for or more, that the payload of a large WRITE is
-            received into. It belongs to the event then.
+            received into. It belongs to the event then. None: not now; see ``starved``.
         refused: told the command (any number) and the error of each request that is answered with an error
             and becomes no event.
     """
@@ -119,6 +119,7 @@ class ServerProtocol(Receiver):
         "_trace",
         "_write",
         "negotiated",
+        "starved",
         "state",
     )
 
@@ -128,7 +129,7 @@ class ServerProtocol(Receiver):
         *,
         limits: Limits = DEFAULT_LIMITS,
         scratch: bytearray | None = None,
-        allocate: Callable[[int], Body] = bytearray,
+        allocate: Callable[[int], Body | None] = bytearray,
         refused: Callable[[int, NbdErrno], None] | None = None,
     ) -> None:
         super().__init__(scratch)
@@ -137,6 +138,9 @@ class ServerProtocol(Receiver):
         self.state = State.CLIENT_FLAGS
         self.negotiated: Negotiated | None = None
         """What was agreed upon, once ``accept`` was called."""
+        self.starved = 0
+        """Bytes of the payload for which ``allocate`` gave no buffer: receive no more, and call ``feed`` once
+        it will. 0: none is wanted."""
         self._limits = limits
         self._trace = logger.isEnabledFor(logging.DEBUG)
         self._out: Output = []
@@ -181,6 +185,11 @@ class ServerProtocol(Receiver):
     def queued(self) -> bool:
         """Whether ``data_to_send`` would return anything."""
         return bool(self._out)
+
+    @property
+    def receiving(self) -> bool:
+        """Whether a payload is coming in, into the buffer that ``allocate`` gave."""
+        return self._write is not None
 
     @property
     def traced(self) -> bool:
@@ -379,6 +388,11 @@ class ServerProtocol(Receiver):
         self._become(State.OPTIONS)
         return self._resume()
 
+    def feed(self) -> list[Event]:
+        """``allocate`` has a buffer for the payload that was ``starved``. Returns events."""
+        self.starved = 0
+        return self._resume()
+
     def _resume(self) -> list[Event]:
         """Parse what came while the shell was deciding."""
         self.get_buffer()
@@ -530,8 +544,13 @@ class ServerProtocol(Receiver):
         if end - at < length:
             if length <= SMALL_BODY:
                 return _INCOMPLETE
+            buffer = self._allocate(length)
+            if buffer is None:
+                self.starved = length
+                return _INCOMPLETE
+            self.starved = 0  # if it was asked for a second time
             self._write = request
-            self._begin_body(memoryview(self._allocate(length))[:length], at, end)
+            self._begin_body(memoryview(buffer)[:length], at, end)
             return end
         if self._origins is not None:
             self._origins.note(request.cookie, request.offset)

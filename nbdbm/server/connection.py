@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, cast
 from nbdbm.inline import run_inline
 from nbdbm.metrics import Ending
 from nbdbm.nbd.constants import NbdErrno
-from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested
+from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested, Write
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
 from nbdbm.server.account import Account
+from nbdbm.server.budget import SMALL
 from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import NAMES, Context, answer, cost
@@ -89,7 +90,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self.account = Account(server.metrics)
         self._protocol = ServerProtocol(
             server.registry.view(lambda: self.peer, self.account.turn_away),
-            allocate=server.buffers.take,
+            allocate=self._payload_buffer,
             refused=self.account.refused,
         )
         self._transport: asyncio.Transport | None = None
@@ -114,6 +115,12 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Cost of commands started, until their replies have left."""
         self._answered = 0
         """The part of it whose replies are queued or being sent."""
+        self._payload = 0
+        """Bytes taken for the payload of a large write, which is coming in or waits to be carried out."""
+        self._awaits_room = False
+        """Something waits for the memory that all connections share."""
+        self._behind: float | None = None
+        """Since when replies or a payload have been waiting for the client, on the loop's clock."""
         self._sent: list[Buffer] = []
         """Buffers of these replies."""
         self._unsent: list[bytes | memoryview] = []
@@ -151,6 +158,8 @@ class NbdConnection(asyncio.BufferedProtocol):
     def _act_on(self, events: list[Event]) -> bool:
         """Act on events; whether all is answered and sent already, and nothing else to be done."""
         if self._answered_now(events):
+            if self._payload and not self._protocol.receiving:
+                self._drop_payload()
             return True
         self._pump()
         left = self._ahead or self._waiting or self._running or self._unsent or self._blocked
@@ -165,7 +174,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._take([events.pop()])
         self._ahead = self._ahead + events if self._ahead else events
         self._serve_ahead(self._fast)
-        return not (self._ahead or self._waiting or self._unsent or self._ended or self._protocol.queued)
+        left = self._ahead or self._waiting or self._unsent or self._ended
+        return not (left or self._protocol.queued or self._protocol.starved)
 
     @property
     def _may_stay_awake(self) -> bool:
@@ -206,7 +216,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Let the fast path answer what it can, as long as the client takes it."""
         if self._unsent or self._blocked:
             return
-        if self._server.bytes < self._server.max_bytes:
+        if not self._server.budget.exhausted:
             left, self._ahead, unsent = fast.serve(self._ahead, self._begin_at_once)
         else:
             # Too many clients that take nothing: one command at a time.
@@ -217,8 +227,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         if unsent:
             self._unsent.append(unsent)
             self._bytes += len(unsent)
-            self._server.bytes += len(unsent)
+            self._server.budget.take(len(unsent))
             self._answered += len(unsent)
+            self._is_behind()
 
     def eof_received(self) -> bool:
         events = self._protocol.receive_eof()
@@ -248,6 +259,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._protocol.receive_eof()
         self._waiting.clear()
         self._ahead.clear()
+        self._server.budget.forget(self)
+        self._drop_payload()
         if self._blocked:
             # The transport may hold views of these until it is gone; they are dropped with it.
             self._sent.clear()
@@ -283,11 +296,27 @@ class NbdConnection(asyncio.BufferedProtocol):
         commands = [command for _, command in self._waiting] + [cast(Command, each) for each in self._ahead]
         self._waiting.clear()
         self._ahead.clear()
+        self._server.budget.forget(self)
+        self._drop_payload()
         for command in commands:
             assert self._context is not None
             self._context.tally.commands[NAMES[type(command)]].refuse(NbdErrno.ESHUTDOWN.name)
             self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, "the server is shutting down")
         self._pump()
+
+    @property
+    def behind_since(self) -> float | None:
+        """Since when the client has let us hold memory that it could relieve us of; None: it does not."""
+        return self._behind if self._unsent or self._blocked or self._protocol.receiving else None
+
+    def proceed(self) -> None:
+        """There may be room now for what waited."""
+        self._schedule_pump()
+
+    def cut_off(self, why: str) -> None:
+        """Close now: the client has taken too long, and others wait."""
+        self.account.end(Ending.TIME_OUT, why)
+        self.abort()
 
     def abort(self) -> None:
         """Close now, whatever is unsent."""
@@ -381,6 +410,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._pump_scheduled = False
         if self._lost:
             return
+        if self._protocol.starved and not self._waiting and self._server.budget.has(self._protocol.starved):
+            self._take(self._protocol.feed())
         if self._ahead and self._fast is not None:
             self._serve_ahead(self._fast)
         self._start_waiting()
@@ -392,17 +423,26 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif self._ended:
             self._pause()
             self._close_if_answered()
+        elif self._protocol.starved:
+            self._pause()
+            self._await_room(self._protocol.starved)
         elif self._blocked or self._running >= MAX_REQUESTS or self._bytes >= MAX_BYTES:
             self._pause()
         elif self._paused:
             self._paused = False
             cast(asyncio.Transport, self._transport).resume_reading()
+        if not (self._waiting or self._ahead):
+            if self._payload and not self._protocol.receiving:
+                self._drop_payload()  # the fast path has answered it
+            if self._awaits_room and not self._protocol.starved:
+                self._awaits_room = False
+                self._server.budget.forget(self)
 
     def _may_go_on(self) -> bool:
         """Whether something waits for nothing but its turn."""
         if self._ahead and not (self._unsent or self._blocked):
             return True
-        return bool(self._waiting) and self._may_start(self._waiting[0][0])
+        return bool(self._waiting) and self._may_start(*self._waiting[0])
 
     def _schedule_pump(self) -> None:
         if not self._pump_scheduled:
@@ -418,14 +458,16 @@ class NbdConnection(asyncio.BufferedProtocol):
             waiting
             and begun < most
             and self._answered - queued < BATCH_BYTES
-            and self._may_start(waiting[0][0])
+            and self._may_start(*waiting[0])
         ):
             assert context is not None  # commands follow a GO
             price, command = waiting.popleft()
             begun += 1
             self._running += 1
             self._bytes += price
-            self._server.bytes += price
+            self._server.budget.take(price)
+            if self._reserved(command):
+                self._drop_payload()  # it is part of the price
             try:
                 task = run_inline(answer(command, context), self._loop)
             except BaseException:
@@ -440,16 +482,47 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._tasks.add(task)
                 task.add_done_callback(partial(self._finished, price))
 
-    def _may_start(self, price: int) -> bool:
+    def _may_start(self, price: int, command: Command) -> bool:
         if self._blocked:
             return False
-        if not self._bytes:
+        if self._bytes and (self._running >= MAX_REQUESTS or self._bytes + price > MAX_BYTES):
+            return False
+        more = price - self._reserved(command)
+        if self._server.budget.has(more) or (price <= SMALL and not self._bytes):
             return True
-        return (
-            self._running < MAX_REQUESTS
-            and self._bytes + price <= MAX_BYTES
-            and self._server.bytes + price <= self._server.max_bytes
-        )
+        self._await_room(more)
+        return False
+
+    def _await_room(self, count: int) -> None:
+        self._awaits_room = True
+        self._server.budget.wait(self, count)
+
+    def _reserved(self, command: Command) -> int:
+        """The part of the command's cost that was taken when its payload came in."""
+        if not self._payload or type(command) is not Write or self._protocol.receiving:
+            return 0
+        return self._payload if len(command.data) == self._payload else 0
+
+    def _payload_buffer(self, length: int) -> Buffer | None:
+        """Where the payload of a large write is received; None: there is no memory for it now."""
+        self._drop_payload()  # of a write that has been answered
+        if not self._server.budget.has(length):
+            return None
+        self._server.budget.take(length)
+        self._payload = length
+        self._is_behind()
+        return self._server.buffers.take(length)
+
+    def _drop_payload(self) -> None:
+        """The payload is not counted apart any more."""
+        count, self._payload = self._payload, 0
+        if count:
+            self._server.budget.give(count)
+
+    def _is_behind(self) -> None:
+        """The client has something to do from now on."""
+        if self._behind is None:
+            self._behind = self._loop.time()
 
     def _finished(self, price: int, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -477,7 +550,9 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._unsent = []
             else:
                 self._send_directly(self._socket)
-        if not self._blocked and not self._unsent:
+        if self._blocked or self._unsent:
+            self._is_behind()
+        else:
             self._release()
 
     def _send_directly(self, sock: socket.socket) -> None:
@@ -514,8 +589,11 @@ class NbdConnection(asyncio.BufferedProtocol):
     def _release(self) -> None:
         """Everything answered has left: its buffers and its share of the limits are free again."""
         self._bytes -= self._answered
-        self._server.bytes -= self._answered
-        self._answered = 0
+        count, self._answered = self._answered, 0
+        if count:
+            self._server.budget.give(count)
+        if not self._payload:
+            self._behind = None
         for buffer in self._sent:
             self._server.buffers.give(buffer)
         self._sent.clear()

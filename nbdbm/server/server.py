@@ -14,16 +14,13 @@ from nbdbm.config import ServerConfig
 from nbdbm.metrics import Ending, Metrics
 from nbdbm.peer import Peer
 from nbdbm.registry import ExportRegistry
+from nbdbm.server.budget import Budget
 from nbdbm.server.buffers import BufferPool
 from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.listener import Listener, peer_of, prepare
 
 log = logging.getLogger(__name__)
-
-MAX_BYTES = 512 * 1024 * 1024
-"""Memory of the commands and unsent replies of all connections, bytes. Beyond it a connection has one
-command at a time, so that many clients that read nothing cannot have the limit of one a hundred times."""
 
 ACCEPT_AT_ONCE = 16
 """Clients accepted in one turn of the event loop, so that those already here get theirs."""
@@ -52,9 +49,8 @@ class Server:
         self.config = config or ServerConfig()
         self.buffers = BufferPool()
         self.metrics = Metrics()
-        self.bytes = 0
+        self.budget = Budget(lambda: self._connections)
         """What the connections hold in memory together; they keep the account."""
-        self.max_bytes = MAX_BYTES
         self.busy_poll = self.config.busy_poll if processors() > 1 else 0.0
         """Seconds for which a connection awaits the next request awake; 0: never."""
         self.closing = False
@@ -141,7 +137,7 @@ class Server:
             longest = min(idle, key=lambda each: each.begun)
             log.warning("%s: handshake cut off, others wait for its place", longest.peer)
             longest.account.end(Ending.TIME_OUT, "others waited for its place during the handshake")
-            longest.abort()
+            longest.cut_off("others wait for its place")
         self._crowded = asyncio.get_running_loop().call_later(CROWDED, self._make_room)
 
     def _somebody_waits(self) -> bool:

@@ -51,7 +51,7 @@ def serving(
     *,
     limits: Limits = DEFAULT_LIMITS,
     contexts: bool = True,
-    allocate: Callable[[int], bytearray] = bytearray,
+    allocate: Callable[[int], bytearray | None] = bytearray,
 ) -> ServerProtocol:
     """A protocol in transmission on ``info``, with all of its contexts where there can be any."""
     protocol = ServerProtocol(ListCatalog(info), limits=limits, allocate=allocate)
@@ -239,6 +239,43 @@ def test_write_payloads_of_all_sizes(style: HeaderStyle, length: int, step: int)
     for write in events[1:3]:
         assert isinstance(write, Write) and write.offset == 5 and write.flags == NONE
         assert write.data == payload
+
+
+@STYLES
+@given(cuts=st.lists(st.integers(0, 400_000), max_size=4), refusals=st.integers(1, 3))
+def test_a_payload_waits_for_memory(style: HeaderStyle, cuts: list[int], refusals: int) -> None:
+    """``allocate`` gives nothing at first: no byte of the stream is lost, and the order stays."""
+    info = replace(SCRATCH, size=8 * MIB)
+    flags = PAYLOAD if style is EXTENDED else NONE
+    payloads = [b"a" * 10, b"b" * (SMALL_BODY + 5), b"c" * 300_000, b"d" * 20]
+    data = b"".join(
+        request(style, Cmd.WRITE, cookie, cookie * MIB, len(payload), flags, payload)
+        for cookie, payload in enumerate(payloads)
+    )
+    left = refusals
+
+    def allocate(length: int) -> bytearray | None:
+        nonlocal left
+        left -= 1
+        return None if left >= 0 else bytearray(length)
+
+    protocol = serving(info, style, allocate=allocate)
+    found: list[Event] = []
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
+    for begin, end in pairwise(bounds):
+        piece = memoryview(data)[begin:end]
+        while piece:
+            view = protocol.get_buffer()
+            count = min(len(view), len(piece))
+            view[:count] = piece[:count]
+            piece = piece[count:]
+            found += protocol.buffer_updated(count)
+            while protocol.starved:
+                assert not protocol.receiving
+                assert protocol.starved in (len(payloads[1]), len(payloads[2]))
+                found += protocol.feed()
+    assert [event.cookie for event in found] == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert [bytes(event.data) for event in found] == payloads  # type: ignore[union-attr]
 
 
 def test_a_large_payload_is_received_in_place() -> None:

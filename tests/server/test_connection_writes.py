@@ -95,7 +95,7 @@ def test_a_client_that_leaves_does_not_stop_its_write(tmp_path: Path) -> None:
         async with running(image, tmp_path) as (server, path):
             client = await connected(path)
             client.send(request(WRITE, 1, 0, 4) + b"late")
-            await until(lambda: server.bytes > 0)
+            await until(lambda: server.budget.used > 0)
             client.writer.transport.abort()
             await asyncio.sleep(0.05)
             assert image.changes == []

@@ -388,7 +388,7 @@ async def stream(
         assert await client.ended() == b""
         origins = one._protocol._origins
         assert origins is None or not origins._held
-        assert not server.bytes
+        assert not server.budget.used
         result = await outcome(replies, image)
         await client.close()
         return result
@@ -454,7 +454,7 @@ def test_a_batch_is_one_turn_and_one_send(place: Path) -> None:
                 # Nothing overtakes: they were answered in order.
                 assert await replies.take(client.reader) == each.cookie
         assert counts == [64]
-        assert not server.bytes
+        assert not server.budget.used
         await client.close()
 
     fast_session(make(place, "plain"), work)
@@ -491,13 +491,13 @@ def test_a_reader_that_stops(place: Path) -> None:
         await until(lambda: one._blocked)
         for _ in range(50):
             await asyncio.sleep(0)
-        held = server.bytes + sum(map(len, one._unsent))
+        held = server.budget.used + sum(map(len, one._unsent))
         assert held < connection.MAX_BYTES + 2 * fastpath.ARENA
         while len(replies.found) < len(requests):
             await replies.take(client.reader)
         for each in requests:
             assert replies.found[each.cookie].data == content[each.offset : each.offset + each.length]
-        await until(lambda: not server.bytes)
+        await until(lambda: not server.budget.used)
         await client.close()
 
     fast_session(make(place, "plain"), work)
@@ -536,7 +536,7 @@ def test_a_client_that_leaves_amid_a_batch(place: Path, how: str) -> None:
         else:
             client.writer.transport.abort()
         await until(lambda: not server._connections)
-        assert not server.bytes
+        assert not server.budget.used
 
     fast_session(make(place, "plain"), work)
 

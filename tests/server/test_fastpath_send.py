@@ -85,7 +85,7 @@ def test_the_same_bytes(disk: tuple[Path, bytes], style: str, buffer: int) -> No
             assert sum(sent) > (0 if buffer else 10 * MIB)
             for each in requests:
                 assert replies.found[each.cookie].data == content[each.offset : each.offset + each.length]
-            await until(lambda: not server.bytes)
+            await until(lambda: not server.budget.used)
             await client.close()
 
     run(main)

@@ -207,7 +207,7 @@ class TestClose:
                 client = await connected(path)
                 client.writer.transport.pause_reading()  # type: ignore[attr-defined]
                 client.send(request(0, 1, 0, 32 << 20))
-                await until(lambda: server.bytes > 0)
+                await until(lambda: server.budget.used > 0)
                 closing = asyncio.ensure_future(server.close())
                 await asyncio.sleep(0)
                 if hurry:
