@@ -266,7 +266,7 @@ class Allocator:
 
     def _refuse_protected(self, first: int, end: int) -> None:
         hit = any(first < stop and begin < end for begin, stop in self._protected)
-        if hit or any(c in self._block_clusters for c in range(first, end)):
+        if hit or not self._block_clusters.isdisjoint(range(first, end)):
             raise CorruptError(
                 self.file.path,
                 f"refcounts call the cluster at {first << self.cluster_bits:#x} free, but it holds metadata;"

@@ -20,6 +20,8 @@ import struct
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
+from bitarray import bitarray
+
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapState, Step, TrackedBitmap
 from nbdbm.errors import BitmapError, ImageError
@@ -189,6 +191,7 @@ class BitmapSaver:
         extension = None
         if entries:
             extension = BitmapsExtension(len(entries), len(packed), await new.write(packed))
+        await new.finish()
         if (was := self._store.extension) is not None:
             old += self._span(was.directory_offset, was.directory_size)
         await self._metadata.flush()
@@ -306,7 +309,7 @@ class BitmapSaver:
         after = await self._write_bits(bitmap.bits, before, count, new)
         if after == before:
             return entry
-        old += [e >> self.header.cluster_bits for e in _places(before) - _places(after)]
+        old += [place >> self.header.cluster_bits for place in _places(set(before).difference(after))]
         old += self._span(entry.table_offset, 8 * entry.table_size)
         place = 0
         if after:
@@ -332,7 +335,7 @@ class BitmapSaver:
             elif was & OFFSET_MASK and await self._file.pread(was & OFFSET_MASK, len(content)) == content:
                 after[index] = was
             else:
-                after[index] = await new.write(content.ljust(size, b"\0"))
+                after[index] = await new.write_bits(content)
         return tuple(after)
 
     async def _clusters_of(self, removed: StoredBitmap) -> list[int]:
@@ -370,8 +373,8 @@ class BitmapSaver:
         return range(first, first + -(-length // self._cluster_size))
 
 
-def _places(table: tuple[int, ...]) -> set[int]:
-    """Host offsets that a bitmap table leads to."""
+def _places(table: Iterable[int]) -> set[int]:
+    """Host offsets that entries of a bitmap table lead to."""
     return {entry & OFFSET_MASK for entry in table if entry & OFFSET_MASK}
 
 
@@ -381,16 +384,45 @@ class _Clusters:
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
         self._taken: list[tuple[int, int]] = []
+        self._end = 0
+        """Where the file has to end at least."""
 
     async def write(self, data: bytes) -> int:
         """Write ``data`` to fresh adjacent clusters: their host offset. What it does not fill of the last
         one is left as it is: nobody reads behind a table or a directory."""
-        bits = self._metadata.allocator.cluster_bits
-        count = (len(data) + (1 << bits) - 1) >> bits
-        offset, _ = await self._metadata.allocator.allocate_exact(count)
-        self._taken.append((offset, count))
+        offset, _ = await self._take(len(data))
         await self._metadata.file.pwrite(offset, data)
         return offset
+
+    async def write_bits(self, bits: bytes) -> int:
+        """Write a cluster of bits, which has zeroes behind them: its host offset. ``finish`` is to follow.
+
+        Where nothing was ever stored, zeroes at both ends need not be written: most clusters have few bits
+        set, close to each other, and the sync of twenty takes two thirds of the time then.
+        """
+        size = self._metadata.allocator.cluster_size
+        offset, blank = await self._take(size)
+        if blank:
+            whole = bitarray(buffer=bits, endian="little")
+            first, last = whole.find(1) // 8, whole.find(1, right=True) // 8
+            await self._metadata.file.pwrite(offset + first, bits[first : last + 1])
+            self._end = max(self._end, offset + size)
+        else:
+            await self._metadata.file.pwrite(offset, bits.ljust(size, b"\0"))
+        return offset
+
+    async def finish(self) -> None:
+        """Make the file as long as its clusters of bits say."""
+        if self._end > self._metadata.file.size:
+            await self._metadata.file.pwrite(self._end - 1, b"\0")
+
+    async def _take(self, length: int) -> tuple[int, bool]:
+        """Adjacent clusters for that many bytes: their host offset, and whether nothing was ever there."""
+        allocator = self._metadata.allocator
+        count = (length + allocator.cluster_size - 1) >> allocator.cluster_bits
+        offset, blank = await allocator.allocate_exact(count)
+        self._taken.append((offset, count))
+        return offset, blank
 
     async def give_back(self) -> None:
         """Free them again."""

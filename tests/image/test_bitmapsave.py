@@ -13,6 +13,7 @@ import pytest
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import BitmapState
 from nbdbm.errors import BitmapError, ImageError
+from nbdbm.image import bitmapsave
 from nbdbm.image.image import Image, OpenOptions
 from tests.support import qcow2build
 from tests.support.bitmapjudge import Seen, agreed, assert_clean, qemu_sees, seen_in, sound, we_see
@@ -421,6 +422,63 @@ def test_ones_that_we_store_are_read_by_qemu(tmp_path: Path) -> None:
     # QEMU stores them in its own way; we read that.
     SYSTEM.io(path, f"write {size - 512} 512")
     assert agreed(path)["fine"].dirty == [(0, size)]
+
+
+def test_of_blank_clusters_only_what_is_not_zero_is_written() -> None:
+    async def main() -> None:
+        # One cluster of bits tells of 16 MiB.
+        bench = Bench(built(Bitmap(b"fine", granularity_bits=9), size=64 * MIB))
+        place, end = 24 * MIB, len(bench.before)
+        await session(bench, (place, 1024), (place + 8192, 512))
+        _, bits, *_ = bench.table(b"fine")
+        assert bits >= end
+        inside = [op for op in bench.writes() if bits <= op.offset < bits + CLUSTER]
+        assert [(op.offset - bits, op.length) for op in inside] == [(CLUSTER // 2, 3)]
+        assert len(bench.file.data) >= bits + CLUSTER
+        assert (await sound(bench.file))["fine"].dirty == [(place, 1024), (place + 8192, 512)]
+
+    asyncio.run(main())
+
+
+def test_clusters_that_are_used_again_keep_nothing_of_what_they_held() -> None:
+    async def main() -> None:
+        bench = Bench(built(Bitmap(b"fine", granularity_bits=9), size=64 * MIB))
+        expected: list[tuple[int, int]] = []
+        held = again = 0
+        freed: set[int] = set()
+        for place in range(24 * MIB, 32 * MIB, MIB):
+            image = await bench.open()
+            await image.write_zeroes(place, 512)
+            await image.close()
+            expected.append((place, 512))
+            _, bits, *_ = bench.table(b"fine")
+            again += bits in freed
+            assert (await sound(bench.file))["fine"].dirty == expected
+            if held:
+                # Free since this session, and full of ones.
+                bench.file.data[held : held + CLUSTER] = b"\xff" * CLUSTER
+                freed.add(held)
+            held = bits
+        assert again
+
+    asyncio.run(main())
+
+
+def test_the_file_ends_behind_its_last_cluster_of_bits() -> None:
+    async def main() -> None:
+        bench = Bench(built(size=64 * MIB))
+        image = await bench.open()
+        assert image._metadata is not None
+        new = bitmapsave._Clusters(image._metadata)
+        place = await new.write_bits(bytes(100) + b"\x10" + bytes(20))
+        assert len(bench.file.data) == place + 101
+        await new.finish()
+        assert len(bench.file.data) == place + CLUSTER
+        assert bench.file.data[place:] == bytes(100) + b"\x10" + bytes(CLUSTER - 101)
+        await new.give_back()
+        await image.close()
+
+    asyncio.run(main())
 
 
 def test_the_refcount_table_may_have_moved() -> None:
