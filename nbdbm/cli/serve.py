@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from nbdbm.cli import PROGRAM, Ended
+from nbdbm.cli import Ended, logs
 from nbdbm.cli.options import DIRECTORY, FILE
 from nbdbm.config import (
     DEFAULT_BUSY_POLL,
@@ -168,7 +167,17 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: always so.")
-@click.option("-v", "--verbose", is_flag=True, help="Log what is said on the wire.")
+@click.option(
+    "-v", "--verbose", count=True, help="Log more; given twice, all that is said on the wire (slow)."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Log warnings and errors only, and no connections.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default="text",
+    show_default=True,
+    help="How stderr is written.",
+)
 def serve(
     images: tuple[str, ...],
     directory: str | None,
@@ -185,7 +194,9 @@ def serve(
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
-    verbose: bool,
+    verbose: int,
+    quiet: bool,
+    log_format: str,
     **per_export: Any,
 ) -> None:
     """Serve IMAGEs and their dirty bitmaps over NBD.
@@ -195,9 +206,7 @@ def serve(
 
     With several IMAGEs each export has its file's name, or the NAME given.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format=f"{PROGRAM}: %(message)s", force=True
-    )
+    logs.set_up(log_format, verbose, quiet, captive=run_ is not None)
     context = click.get_current_context()
     given = {name for name in context.params if _was_given(context, name)}
     listen = ListenConfig(

@@ -34,7 +34,8 @@ def image(tmp_path: Path) -> Path:
 
 
 def argv(image: object, *options: object) -> list[str]:
-    return [sys.executable, "-m", "nbdbm", "serve", "-r", "-f", "raw", *map(str, options), str(image)]
+    """Without the lines about connections, which test_logs.py is about."""
+    return [sys.executable, "-m", "nbdbm", "serve", "-q", "-r", "-f", "raw", *map(str, options), str(image)]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -138,7 +139,7 @@ class TestOutput:
 
     def test_wire_trace(self, image: Path, tmp_path: Path) -> None:
         path = tmp_path / "s"
-        with started(*argv(image, "-k", path, "-v")) as (process, _):
+        with started(*argv(image, "-k", path, "-vv")) as (process, _):
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(path))
                 client.recv(18)
