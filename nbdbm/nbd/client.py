@@ -34,6 +34,7 @@ from nbdbm.nbd.clientevents import (
     OptionRefused,
     Ready,
     Reply,
+    StartTls,
 )
 from nbdbm.nbd.clienthandshake import ClientHandshake, ClientState, logger
 from nbdbm.nbd.constants import (
@@ -76,6 +77,7 @@ __all__ = [
     "OptionRefused",
     "Ready",
     "Reply",
+    "StartTls",
 ]
 
 NO_FLAGS = CmdFlag(0)
@@ -93,6 +95,7 @@ class ClientProtocol(ClientHandshake):
     Args:
         structured: ask for structured replies (needed for contexts unless extended is granted).
         extended: ask for extended headers first, falling back to structured replies.
+        tls: insist on TLS before anything else; the event StartTls comes then.
         scratch: a receive buffer instead of the one shared by the whole process; needed only if
             connections live in several threads.
     """
@@ -102,10 +105,11 @@ class ClientProtocol(ClientHandshake):
         *,
         structured: bool = True,
         extended: bool = True,
+        tls: bool = False,
         limits: ClientLimits = DEFAULT_CLIENT_LIMITS,
         scratch: bytearray | None = None,
     ) -> None:
-        super().__init__(structured, extended, limits, scratch)
+        super().__init__(structured, extended, tls, limits, scratch)
         # Requests that await their replies, and the chunk whose body is under way.
         self._requests: dict[int, InFlight] = {}
         self._cookie = 0
@@ -177,6 +181,11 @@ class ClientProtocol(ClientHandshake):
                 at = self._parse_greeting(at, end, events)
             elif self.state is ClientState.EXPORT_NAME:
                 at = self._parse_export_reply(at, end, events)
+        if self.state is ClientState.STARTING_TLS:
+            if at < end:
+                # Somebody on the way may have put it there, to have it taken for what comes through TLS.
+                raise NbdError("the server broke the protocol: plain text after it agreed to TLS")
+            events.append(StartTls())
         self._keep(at, end)
 
     # Requests; each returns its cookie. What the server would refuse is not refused here.

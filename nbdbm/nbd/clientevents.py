@@ -15,6 +15,10 @@ class HandshakeReady(NamedTuple):
     extended: bool
 
 
+class StartTls(NamedTuple):
+    """The server agreed to TLS: begin it as its client, and call ``tls_started`` when its handshake is done."""
+
+
 class ListedExport(NamedTuple):
     name: str
     description: str
@@ -79,6 +83,7 @@ class Reply(NamedTuple):
 
 ClientEvent = (
     HandshakeReady
+    | StartTls
     | ExportsListed
     | InfoReceived
     | ContextsListed

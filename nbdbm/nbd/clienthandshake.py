@@ -19,6 +19,7 @@ from nbdbm.nbd.clientevents import (
     ListedExport,
     OptionRefused,
     Ready,
+    StartTls,
 )
 from nbdbm.nbd.constants import (
     IHAVEOPT,
@@ -66,7 +67,9 @@ class ClientState(Enum):
     GREETING = auto()
     """Nothing came yet."""
     AGREEING = auto()
-    """Extended headers or structured replies are being asked for."""
+    """TLS, extended headers or structured replies are being asked for."""
+    STARTING_TLS = auto()
+    """StartTls was handed out; any byte before ``tls_started`` would be plain text, which ends all."""
     OPTIONS = auto()
     """Options may be asked, or one is."""
     EXPORT_NAME = auto()
@@ -78,7 +81,8 @@ class ClientState(Enum):
 
 TRANSITIONS: dict[ClientState, frozenset[ClientState]] = {
     ClientState.GREETING: frozenset({ClientState.AGREEING, ClientState.OPTIONS, ClientState.CLOSED}),
-    ClientState.AGREEING: frozenset({ClientState.OPTIONS, ClientState.CLOSED}),
+    ClientState.AGREEING: frozenset({ClientState.STARTING_TLS, ClientState.OPTIONS, ClientState.CLOSED}),
+    ClientState.STARTING_TLS: frozenset({ClientState.AGREEING, ClientState.OPTIONS, ClientState.CLOSED}),
     ClientState.OPTIONS: frozenset({ClientState.EXPORT_NAME, ClientState.TRANSMISSION, ClientState.CLOSED}),
     ClientState.EXPORT_NAME: frozenset({ClientState.TRANSMISSION, ClientState.CLOSED}),
     ClientState.TRANSMISSION: frozenset({ClientState.CLOSED}),
@@ -94,7 +98,7 @@ class ClientHandshake(Receiver):
     """
 
     def __init__(
-        self, structured: bool, extended: bool, limits: ClientLimits, scratch: bytearray | None
+        self, structured: bool, extended: bool, tls: bool, limits: ClientLimits, scratch: bytearray | None
     ) -> None:
         super().__init__(scratch)
         self.state = ClientState.GREETING
@@ -111,6 +115,7 @@ class ClientHandshake(Receiver):
         self._goodbye = False
         self._want_structured = structured
         self._want_extended = extended
+        self._want_tls = tls
         self._fixed = False
         self._zeroes = True
         # The option that awaits its answer, and what of the answer has come.
@@ -216,15 +221,29 @@ class ClientHandshake(Receiver):
         if not self._zeroes:
             flags |= ClientFlag.NO_ZEROES
         self._out.append(CLIENT_FLAGS.pack(flags))
+        if self._want_tls:
+            if not self._fixed:
+                raise NbdError("the server is too old for TLS")
+            # First of all: what is agreed upon in plain text is worth nothing.
+            self._become(ClientState.AGREEING)
+            self._ask(Opt.STARTTLS)
+            return at + GREETING.size
         if not self._fixed:
             self._want_extended = self._want_structured = False
         self._agree(events)
         return at + GREETING.size
 
+    def tls_started(self) -> list[ClientEvent]:
+        """TLS runs; what is received from now on came through it. Goes on with the handshake."""
+        assert self.state is ClientState.STARTING_TLS
+        events: list[ClientEvent] = []
+        self._agree(events)
+        return events
+
     def _agree(self, events: list[ClientEvent]) -> None:
         """Ask for the best headers that are still wanted, or report what there is."""
         if self._want_extended or self._want_structured:
-            if self.state is ClientState.GREETING:
+            if self.state is not ClientState.AGREEING:
                 self._become(ClientState.AGREEING)
             self._ask(Opt.EXTENDED_HEADERS if self._want_extended else Opt.STRUCTURED_REPLY)
         else:
@@ -301,6 +320,8 @@ class ClientHandshake(Receiver):
             raise NbdError(f"the server lists more than {self._limits.max_listed} names")
 
     def _option_refused(self, option: Opt, error: int, data: bytes, events: list[ClientEvent]) -> None:
+        if option is Opt.STARTTLS:
+            raise NbdError(f"the server refuses TLS: {_refusal(error, data)}")
         if self.state is ClientState.AGREEING:
             self._agreed(False, events)
             return
@@ -309,15 +330,12 @@ class ClientHandshake(Receiver):
             return
         if option is Opt.SET_META_CONTEXT:
             self.contexts = {}
-        try:
-            name = Rep(error).name
-        except ValueError:
-            name = f"error {error:#x}"
-        text = readable(decode(data[:MAX_STRING]))
-        events.append(OptionRefused(option, error, text or name))
+        events.append(OptionRefused(option, error, _refusal(error, data)))
 
     def _option_done(self, option: Opt, events: list[ClientEvent]) -> None:
-        if self.state is ClientState.AGREEING:
+        if option is Opt.STARTTLS:
+            self._become(ClientState.STARTING_TLS)
+        elif self.state is ClientState.AGREEING:
             self._agreed(True, events)
         elif option is Opt.LIST:
             events.append(ExportsListed(tuple(self._listed)))
@@ -391,6 +409,15 @@ INFO_SIZES = {
 
 def _power_of_two(value: int) -> bool:
     return value > 0 and not value & (value - 1)
+
+
+def _refusal(error: int, data: bytes) -> str:
+    """The server's words about an error, or else the error's name."""
+    try:
+        name = Rep(error).name
+    except ValueError:
+        name = f"error {error:#x}"
+    return readable(decode(data[:MAX_STRING])) or name
 
 
 def _name_bytes(name: str) -> bytes:

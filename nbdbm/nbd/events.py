@@ -28,6 +28,14 @@ class ExportWanted(NamedTuple):
     name: str
 
 
+class StartTls(NamedTuple):
+    """The client wants TLS, and is told yes by what is queued: send that, begin TLS as its server, and call
+    ``tls_started`` when its handshake is done.
+
+    Until then nothing that is received may come here.
+    """
+
+
 class Read(NamedTuple):
     cookie: int
     offset: int
@@ -85,4 +93,4 @@ class Disconnected(NamedTuple):
 
 
 Command = Read | Write | WriteZeroes | Trim | Cache | Flush | BlockStatus
-Event = GoRequested | ExportWanted | Command | Disconnected
+Event = GoRequested | ExportWanted | StartTls | Command | Disconnected

@@ -22,7 +22,7 @@ from nbdbm.nbd.constants import (
     Rep,
     TransmissionFlag,
 )
-from nbdbm.nbd.events import Disconnected, ExportWanted, GoRequested
+from nbdbm.nbd.events import Disconnected, ExportWanted, GoRequested, StartTls
 from nbdbm.nbd.limits import Limits
 from nbdbm.nbd.messages import (
     EXPORT_NAME_PADDING,
@@ -49,6 +49,8 @@ class State(Enum):
     """Options are parsed and answered."""
     DECIDING = auto()
     """GoRequested or ExportWanted was handed out; nothing is parsed until the shell has decided."""
+    STARTING_TLS = auto()
+    """StartTls was handed out; any byte before ``tls_started`` would be plain text, which ends all."""
     TRANSMISSION = auto()
     CLOSED = auto()
     """A Disconnected event was returned; input is ignored."""
@@ -56,11 +58,23 @@ class State(Enum):
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.CLIENT_FLAGS: frozenset({State.OPTIONS, State.CLOSED}),
-    State.OPTIONS: frozenset({State.DECIDING, State.CLOSED}),
+    State.OPTIONS: frozenset({State.DECIDING, State.STARTING_TLS, State.CLOSED}),
+    State.STARTING_TLS: frozenset({State.OPTIONS, State.CLOSED}),
     State.DECIDING: frozenset({State.OPTIONS, State.TRANSMISSION, State.CLOSED}),
     State.TRANSMISSION: frozenset({State.CLOSED}),
     State.CLOSED: frozenset(),
 }
+
+
+class TlsMode(Enum):
+    """What is done about TLS ("Server-side requirements")."""
+
+    OFF = auto()
+    """It is refused (NOTLS)."""
+    ON = auto()
+    """The client may have it (SELECTIVETLS)."""
+    REQUIRE = auto()
+    """Without it nothing is told and nothing is served (FORCEDTLS)."""
 
 
 class HeaderStyle(IntEnum):
@@ -155,7 +169,7 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:80] + "...")
 
 
-OptionEvent = GoRequested | ExportWanted | Disconnected | None
+OptionEvent = GoRequested | ExportWanted | StartTls | Disconnected | None
 """What an option asks of the shell; None: it was answered."""
 
 
@@ -170,21 +184,25 @@ class Handshake:
         "_catalog",
         "_contexts",
         "_contexts_of",
+        "_encrypted",
         "_fixed",
         "_ids",
         "_limits",
         "_option",
         "_options",
         "_pending",
+        "_tls",
         "_wanted",
         "_zeroes",
         "out",
         "style",
     )
 
-    def __init__(self, catalog: Catalog, limits: Limits) -> None:
+    def __init__(self, catalog: Catalog, limits: Limits, tls: TlsMode) -> None:
         self._catalog = catalog
         self._limits = limits
+        self._tls = tls
+        self._encrypted = False
         self._fixed = False
         self._zeroes = True
         self._options = 0
@@ -218,7 +236,10 @@ class Handshake:
         self._options += 1
         if self._options > self._limits.max_options:
             raise ProtocolViolation(f"more than {self._limits.max_options} options in one handshake")
+        refused = self._tls is TlsMode.REQUIRE and not self._encrypted
         if option == Opt.EXPORT_NAME:
+            if refused:
+                raise ProtocolViolation("NBD_OPT_EXPORT_NAME without TLS, and it cannot be refused")
             if length > MAX_STRING:
                 raise ProtocolViolation(f"export name of {length} bytes, the limit is {MAX_STRING}")
             if self.style is HeaderStyle.EXTENDED:
@@ -226,6 +247,8 @@ class Handshake:
                 raise ProtocolViolation("NBD_OPT_EXPORT_NAME after extended headers were agreed upon")
         elif not self._fixed:
             raise ProtocolViolation(f"option {option:#x} from a client without fixed newstyle")
+        if refused and option not in (Opt.STARTTLS, Opt.ABORT):
+            return Rep.ERR_TLS_REQD
         if option == Opt.SET_META_CONTEXT:
             # "Issuing this command replaces all previously-set metadata contexts (including when this
             # command fails)".
@@ -237,7 +260,9 @@ class Handshake:
 
     def dropped(self, option: int, length: int, rep: Rep) -> None:
         """Answer an option whose data was thrown away because ``begin`` said so."""
-        if rep is Rep.ERR_TOO_BIG:
+        if rep is Rep.ERR_TLS_REQD:
+            text = "this server is for clients with TLS"
+        elif rep is Rep.ERR_TOO_BIG:
             text = f"{length} bytes of option data, the limit is {self._limits.max_option_length}"
         else:
             text = f"option {option:#x} is not supported"
@@ -254,6 +279,15 @@ class Handshake:
         except _Invalid as fault:
             self._error(option, Rep.ERR_INVALID, f"{Opt(option).name}: {fault}")
             return None
+
+    def tls_started(self) -> None:
+        """All that comes from now on is encrypted. What was agreed upon before, anybody may have sent: it is
+        void. The client's flags stay, for they are not sent again."""
+        self._encrypted = True
+        self.style = HeaderStyle.SIMPLE
+        self._ids = {}
+        self._contexts = ()
+        self._contexts_of = None
 
     # what the shell decides
 
@@ -316,8 +350,14 @@ class Handshake:
 
     def _starttls(self, data: bytes | memoryview) -> OptionEvent:
         _Cursor(data).end()
-        self._error(Opt.STARTTLS, Rep.ERR_UNSUP, "this server does not offer TLS")
-        return None
+        if self._tls is TlsMode.OFF:
+            # Known, but not wanted here; qemu-nbd answers alike.
+            self._error(Opt.STARTTLS, Rep.ERR_POLICY, "this server does not offer TLS")
+            return None
+        if self._encrypted:
+            raise _Invalid("TLS has begun already")
+        self._ack(Opt.STARTTLS)
+        return StartTls()
 
     def _info(self, data: bytes | memoryview) -> OptionEvent:
         option = Opt(self._option)

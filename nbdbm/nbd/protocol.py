@@ -39,6 +39,7 @@ from nbdbm.nbd.events import (
     Flush,
     GoRequested,
     Read,
+    StartTls,
     Trim,
     Write,
     WriteZeroes,
@@ -51,6 +52,7 @@ from nbdbm.nbd.handshake import (
     OptionEvent,
     ProtocolViolation,
     State,
+    TlsMode,
 )
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
 from nbdbm.nbd.messages import (
@@ -99,6 +101,7 @@ class ServerProtocol(Receiver):
             received into. It belongs to the event then. None: not now; see ``starved``.
         refused: told the command (any number) and the error of each request that is answered with an error
             and becomes no event.
+        tls: whether the client may or must ask for TLS.
     """
 
     __slots__ = (
@@ -131,6 +134,7 @@ class ServerProtocol(Receiver):
         scratch: bytearray | None = None,
         allocate: Callable[[int], Body | None] = bytearray,
         refused: Callable[[int, NbdErrno], None] | None = None,
+        tls: TlsMode = TlsMode.OFF,
     ) -> None:
         super().__init__(scratch)
         self._allocate = allocate
@@ -146,7 +150,7 @@ class ServerProtocol(Receiver):
         self._out: Output = []
         self._queued = 0
         """Bytes of option replies in ``_out``."""
-        self._handshake: Handshake | None = Handshake(catalog, limits)
+        self._handshake: Handshake | None = Handshake(catalog, limits, tls)
         """Dropped when transmission begins: a connection lives long and should weigh little."""
         self._after_skip: tuple[OptionRequest, Rep] | tuple[Request, Refusal] | None = None
         """What to answer once the bytes being thrown away are gone."""
@@ -283,6 +287,11 @@ class ServerProtocol(Receiver):
                 at = self._parse_client_flags(at, end)
             if at in (before, end) and not self._skip:
                 break
+        if self.state is State.STARTING_TLS:
+            if at < end:
+                # Somebody on the way may have put it there, to have it taken for what comes through TLS.
+                raise ProtocolViolation("plain text after NBD_OPT_STARTTLS")
+            events.append(StartTls())
         if self.state is State.DECIDING and end - at >= len(self._scratch):
             raise ProtocolViolation("the client went on before its option was answered")
         if self.state is not State.CLOSED:
@@ -332,6 +341,14 @@ class ServerProtocol(Receiver):
         events.append(event)
 
     # Handshake
+
+    def tls_started(self) -> None:
+        """TLS runs; what is received from now on came through it. Nothing agreed upon before is left."""
+        if self.state is State.CLOSED:
+            return
+        assert self.state is State.STARTING_TLS and self._handshake is not None
+        self._handshake.tls_started()
+        self._become(State.OPTIONS)
 
     def accept(self, info: ExportInfo) -> list[Event]:
         """Answer GoRequested: enter transmission on ``info``. Returns events of input that was waiting."""
@@ -449,6 +466,8 @@ class ServerProtocol(Receiver):
         if isinstance(event, GoRequested | ExportWanted):
             self._become(State.DECIDING)
             events.append(event)
+        elif isinstance(event, StartTls):
+            self._become(State.STARTING_TLS)
         elif event is not None:
             self._close(events, event)
 

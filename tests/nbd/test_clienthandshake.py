@@ -20,6 +20,7 @@ from nbdbm.nbd.client import (
     ListedExport,
     OptionRefused,
     Ready,
+    StartTls,
 )
 from nbdbm.nbd.clienthandshake import TRANSITIONS, ClientState
 from nbdbm.nbd.constants import Info, Opt, Rep, TransmissionFlag
@@ -359,3 +360,58 @@ def test_names_that_cannot_be_sent(name: str) -> None:
 def test_the_table_names_every_state_and_ends() -> None:
     assert set(TRANSITIONS) == set(ClientState)
     assert TRANSITIONS[ClientState.CLOSED] == frozenset()
+
+
+class TestStartTls:
+    def asking(self, **options: bool) -> ClientProtocol:
+        made = ClientProtocol(tls=True, **options)
+        assert made.receive_data(GREETING) == []
+        # Before anything else, which would be worth nothing.
+        assert asked(made) == b"\0\0\0\3IHAVEOPT" + struct.pack(">II", Opt.STARTTLS, 0)
+        return made
+
+    def test_granted(self) -> None:
+        def run(pieces: list[bytes]) -> list[ClientEvent]:
+            made = self.asking()
+            events = [event for piece in pieces for event in made.receive_data(piece)]
+            assert made.state is ClientState.STARTING_TLS and asked(made) == b""
+            events += made.tls_started()
+            assert asked(made) == b"IHAVEOPT" + struct.pack(">II", Opt.EXTENDED_HEADERS, 0)
+            return events + made.receive_data(rep(11, 1))
+
+        assert in_slices(rep(5, 1), run) == [StartTls(), HandshakeReady(True, True)]
+
+    def test_granted_with_nothing_else_to_agree_upon(self) -> None:
+        made = self.asking(structured=False, extended=False)
+        assert made.receive_data(rep(5, 1)) == [StartTls()]
+        assert made.tls_started() == [HandshakeReady(False, False)]
+
+    @pytest.mark.parametrize(
+        ("error", "data", "text"),
+        [
+            (Rep.ERR_POLICY, b"not today", "not today"),
+            (Rep.ERR_UNSUP, b"", "ERR_UNSUP"),
+            (1 << 31 | 99, b"", "error"),
+        ],
+        ids=["text", "name", "unknown"],
+    )
+    def test_refused(self, error: int, data: bytes, text: str) -> None:
+        made = self.asking()
+        with pytest.raises(NbdError, match=f"refuses TLS: {text}"):
+            made.receive_data(rep(5, error, data))
+
+    def test_server_without_options(self) -> None:
+        with pytest.raises(NbdError, match="too old for TLS"):
+            ClientProtocol(tls=True).receive_data(b"NBDMAGICIHAVEOPT\0\0")
+
+    @pytest.mark.parametrize("behind", [rep(11, 1), b"\0"])
+    def test_plain_text_behind_the_answer(self, behind: bytes) -> None:
+        made = self.asking()
+        with pytest.raises(NbdError, match="plain text"):
+            made.receive_data(rep(5, 1) + behind)
+
+    def test_plain_text_that_comes_later(self) -> None:
+        made = self.asking()
+        made.receive_data(rep(5, 1))
+        with pytest.raises(NbdError, match="plain text"):
+            made.receive_data(b"\0")
