@@ -30,6 +30,8 @@ FORMATS = ("qcow2", "raw")
 DISCARD = ("unmap", "ignore")
 DETECT_ZEROES = ("off", "on", "unmap")
 
+TLS = ("off", "on", "require")
+
 DEFAULT_BUSY_POLL = 100
 MAX_BUSY_POLL = 1000
 """Microseconds: what a client on this machine takes for its next request, and what a vain wait may cost."""
@@ -137,6 +139,58 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """Whether clients get TLS, and what proves who is who: a directory of certificates, or a file of keys."""
+
+    mode: str = "off"
+    """``on``: clients may have it; ``require``: there is nothing for them without it."""
+    certificates: str | None = None
+    """Directory with server-cert.pem and server-key.pem; to verify clients also ca-cert.pem, and ca-crl.pem
+    if there is one."""
+    verify_peer: bool = False
+    """Only clients with a certificate that ca-cert.pem vouches for."""
+    psk: str | None = None
+    """File of pre-shared keys, a line ``NAME:HEX`` for each client."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in TLS:
+            raise BadValue("tls", f" {self.mode}: must be one of {', '.join(TLS)}")
+        if self.certificates is not None and self.psk is not None:
+            raise BadValue(
+                "tls-psk", " excludes --tls-certificates: clients prove either to know a key or a name"
+            )
+        for option, value in (("tls-certificates", self.certificates), ("tls-psk", self.psk)):
+            if value is not None and (not value or "\0" in value):
+                raise BadValue(option, f" {value!r}: not a path")
+        if self.verify_peer and self.certificates is None:
+            raise BadValue(
+                "tls-verify-peer", ": needs --tls-certificates DIR, with the ca-cert.pem of the clients"
+            )
+        given = self.certificates is not None or self.psk is not None
+        if self.enabled and not given:
+            raise BadValue("tls", f" {self.mode}: needs --tls-certificates DIR or --tls-psk FILE")
+        if given and not self.enabled:
+            raise BadValue("tls", " off: excludes --tls-certificates and --tls-psk")
+
+    @classmethod
+    def of(
+        cls, mode: str | None, certificates: str | None, verify_peer: bool | None, psk: str | None
+    ) -> TlsConfig:
+        """With ``mode`` None: who gives certificates or keys wants them used, always."""
+        if mode is None:
+            mode = "off" if certificates is None and psk is None else "require"
+        return cls(mode=mode, certificates=certificates, verify_peer=bool(verify_peer), psk=psk)
+
+    @property
+    def enabled(self) -> bool:
+        return self.mode != "off"
+
+    @property
+    def required(self) -> bool:
+        return self.mode == "require"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
     """One image to export, or (``image`` a directory's) how each image there is exported."""
 
@@ -197,6 +251,7 @@ class ServeConfig:
     run: str | None = None
     """Shell command to run while serving."""
     listen: ListenConfig = field(default_factory=ListenConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbdbm.access import Access
-from nbdbm.config import BadValue, ExportConfig, ListenConfig, ServeConfig, ServerConfig
+from nbdbm.config import BadValue, ExportConfig, ListenConfig, ServeConfig, ServerConfig, TlsConfig
 from nbdbm.errors import Mistakes, UsageError
 
 MAX_SIZE = 1024 * 1024
@@ -118,6 +118,12 @@ SERVER: Keys = {
     "handshake-timeout": ("handshake_timeout", _number),
     "busy-poll": ("busy_poll", _micro),
 }
+TLS: Keys = {
+    "tls": ("mode", _text),
+    "tls-certificates": ("certificates", _text),
+    "tls-verify-peer": ("verify_peer", _truth),
+    "tls-psk": ("psk", _text),
+}
 EXPORT: Keys = {
     "description": ("description", _text),
     "format": ("format", _text),
@@ -181,9 +187,12 @@ class _Reader:
 
     def config(self, document: dict[str, Any]) -> ServeConfig:
         for name in document:
-            if name not in ("listen", "server", "export", "directory"):
-                self._mistake((name,), "unknown; there are [listen], [server], [[export]] and [directory]")
+            if name not in ("listen", "tls", "server", "export", "directory"):
+                self._mistake(
+                    (name,), "unknown; there are [listen], [tls], [server], [[export]] and [directory]"
+                )
         listen = self._made(("listen",), document.get("listen", {}), LISTEN, ListenConfig)
+        tls = self._made(("tls",), document.get("tls", {}), TLS, self._tls)
         server = self._made(("server",), document.get("server", {}), SERVER, ServerConfig)
         exports = self._exports(document.get("export", []))
         directory = None
@@ -196,9 +205,22 @@ class _Reader:
             if len(lines) > MAX_REPORTED:
                 lines[MAX_REPORTED:] = [f"{self._path}: and {len(lines) - MAX_REPORTED} more mistakes"]
             raise Mistakes(lines)
-        assert listen is not None and server is not None
+        assert listen is not None and tls is not None and server is not None
         return ServeConfig(
-            exports=tuple(exports), directory=directory, file=self._path, listen=listen, server=server
+            exports=tuple(exports),
+            directory=directory,
+            file=self._path,
+            listen=listen,
+            tls=tls,
+            server=server,
+        )
+
+    def _tls(self, **fields: Any) -> TlsConfig:
+        for name in ("certificates", "psk"):
+            if fields.get(name):
+                fields[name] = os.path.join(self._base, fields[name])
+        return TlsConfig.of(
+            fields.get("mode"), fields.get("certificates"), fields.get("verify_peer"), fields.get("psk")
         )
 
     def _exports(self, tables: Any) -> list[ExportConfig]:

@@ -115,6 +115,8 @@ class Ending(StrEnum):
     TIME_OUT = "time-out"
     """It took too long to ask for an export, or to take the last replies."""
     PROTOCOL = "protocol error"
+    TLS = "TLS failure"
+    """There was no agreement on TLS, or no proof of who it is."""
     REFUSED = "refused"
     """It may not come in: too many connections, or not from there."""
     SHUTDOWN = "server shutdown"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import images, marks
+from tests.support import certificates, images, marks
 
 # Two shared cores: how long an example takes says nothing about the code.
 settings.register_profile("nbdbm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -55,3 +55,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def gallery() -> images.Gallery:
     """The image matrix (tests/support/images.py)."""
     return images.Gallery(Path(os.environ[GALLERY]))
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> certificates.Pki:
+    """An authority, a server's and a client's certificate; tests change copies only."""
+    return certificates.Pki(tmp_path_factory.mktemp("pki"))

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from nbdbm.config import MAX_NAME, MAX_SOCKET_PATH, ExportConfig, ListenConfig, ServeConfig, ServerConfig
+from nbdbm.config import (
+    MAX_NAME,
+    MAX_SOCKET_PATH,
+    ExportConfig,
+    ListenConfig,
+    ServeConfig,
+    ServerConfig,
+    TlsConfig,
+)
 from nbdbm.errors import UsageError
 
 
@@ -92,3 +102,29 @@ def test_refusals(make, what: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UsageError, match=what) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+class TestTls:
+    @pytest.mark.parametrize(
+        ("fields", "text"),
+        [
+            ({"mode": "maybe"}, "--tls maybe: must be one of off, on, require"),
+            ({"mode": "on"}, "--tls on: needs --tls-certificates DIR or --tls-psk FILE"),
+            ({"mode": "require"}, "--tls require: needs"),
+            ({"certificates": "d"}, "--tls off: excludes"),
+            ({"mode": "on", "certificates": "d", "psk": "f"}, "--tls-psk excludes --tls-certificates"),
+            ({"mode": "on", "certificates": ""}, "--tls-certificates '': not a path"),
+            ({"mode": "on", "psk": "f", "verify_peer": True}, "--tls-verify-peer: needs --tls-certificates"),
+        ],
+    )
+    def test_refused(self, fields: dict[str, Any], text: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            TlsConfig(**fields)
+        assert str(caught.value).startswith(text)
+
+    def test_certificates_or_keys_are_meant_to_be_used(self) -> None:
+        assert TlsConfig.of(None, None, False, None) == TlsConfig()
+        assert TlsConfig.of(None, "d", False, None).required
+        assert TlsConfig.of(None, None, False, "f").required
+        on = TlsConfig.of("on", "d", True, None)
+        assert on.enabled and on.verify_peer and not on.required

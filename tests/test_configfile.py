@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nbdbm import configfile
 from nbdbm.access import Access
-from nbdbm.config import ExportConfig, ListenConfig, ServeConfig, ServerConfig
+from nbdbm.config import ExportConfig, ListenConfig, ServeConfig, ServerConfig, TlsConfig
 from nbdbm.configfile import line_of, load
 from nbdbm.errors import Mistakes, UsageError
 
@@ -158,7 +158,7 @@ def test_tcp_and_vsock(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("", ["exports nothing; it needs [[export]] tables or [directory]"]),
-        ("x = 1", ["line 1: x: unknown; there are [listen], [server], [[export]] and [directory]"]),
+        ("x = 1", ["line 1: x: unknown; there are [listen], [tls], [server], [[export]] and [directory]"]),
         ("listen = 3", ["line 1: listen: must be a table"]),
         ("[export]\nimage = 'a'", ["line 1: export: must be written [[export]], once for each export"]),
         ("\n[[export]]\nname = 'a'", ["line 2: export.1.image: is missing"]),
@@ -282,3 +282,24 @@ class TestLineOf:
                 begins[number] = len(lines) + 1
             lines += texts[kind].format(number).split("\n")
         assert line_of("\n".join(lines), (f"k{which}",)) == begins.get(which)
+
+
+def test_tls(tmp_path: Path) -> None:
+    """Paths are relative to the file; certificates without a word of ``tls`` are meant to be used."""
+    path = tmp_path / "c.toml"
+    path.write_text("[tls]\ntls-certificates = 'pki'\ntls-verify-peer = true\n[[export]]\nimage = 'a'\n")
+    assert load(str(path)).tls == TlsConfig(
+        mode="require", certificates=str(tmp_path / "pki"), verify_peer=True
+    )
+    path.write_text("[tls]\ntls = 'on'\ntls-psk = '/keys'\n[[export]]\nimage = 'a'\n")
+    assert load(str(path)).tls == TlsConfig(mode="on", psk="/keys")
+
+
+def test_tls_mistakes(tmp_path: Path) -> None:
+    image = "[[export]]\nimage = 'a'\n"
+    assert mistakes(tmp_path, image + "[tls]\ntls = 'on'") == [
+        "line 4: tls.tls: on: needs --tls-certificates DIR or --tls-psk FILE"
+    ]
+    assert mistakes(tmp_path, image + "[tls]\ntls-verify-peer = 1") == [
+        "line 4: tls.tls-verify-peer: must be true or false"
+    ]

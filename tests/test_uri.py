@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nbdbm import uri
 from nbdbm.errors import UsageError
-from nbdbm.uri import NbdUri
+from nbdbm.uri import NbdUri, UriTls, parse
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,14 @@ def test_parse(text: str, expected: NbdUri) -> None:
     [
         ("disk.qcow2", "not an NBD URI"),
         ("http://h/", "not an NBD URI"),
-        ("nbds://h/", r"TLS \(nbds\) is not supported"),
-        ("nbds+unix:///?socket=/s", "TLS"),
-        ("nbd://h/?tls-psk-file=/x", "tls-psk-file: TLS"),
+        ("nbds+unix:///", "socket=PATH parameter is missing"),
+        ("nbds+unix://h/?socket=/s", "has no host"),
+        ("nbd://h/?tls-psk-file=/x", "tls-psk-file has no meaning without TLS"),
+        ("nbds://h/?tls-priority=NORMAL", "tls-priority: unknown"),
+        ("nbds://h/?tls-certificates=", "tls-certificates is empty"),
+        ("nbds://h/?tls-verify-peer=maybe", "tls-verify-peer=maybe: must be true or false"),
+        ("nbds://alice@h/", "user name has no meaning without tls-psk-file"),
+        ("nbd://alice@h/", "user name"),
         ("nbd:///disk", "the host is missing"),
         ("nbd://user@h/", "user name"),
         ("nbd://h:99999/", "not a valid URI"),
@@ -97,3 +102,28 @@ def test_round_trip_unix(socket: str, export: str) -> None:
 def test_round_trip_tcp(host: str, port: int, export: str) -> None:
     value = NbdUri.tcp(host, port, export)
     assert uri.parse(str(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "tls"),
+    [
+        ("nbds://h", UriTls()),
+        ("nbds://h/e?tls-certificates=/etc/pki", UriTls(certificates="/etc/pki")),
+        ("nbds://h/?tls-hostname=vault", UriTls(hostname="vault")),
+        ("nbds+unix:///e?socket=/s&tls-verify-peer=false", UriTls(verify_peer=False)),
+        ("nbds+unix://alice@/?socket=/s&tls-psk-file=/k%20s", UriTls(username="alice", psk_file="/k s")),
+        ("nbds://a%40b@h:1/?tls-psk-file=keys", UriTls(username="a@b", psk_file="keys")),
+    ],
+)
+def test_tls(text: str, tls: UriTls) -> None:
+    uri = parse(text)
+    assert uri.encrypted and uri.tls == tls
+    assert parse(str(uri)) == uri
+
+
+def test_with_tls() -> None:
+    assert str(NbdUri.unix("/s", "e").with_tls()) == "nbds+unix:///e?socket=/s"
+    assert str(NbdUri.tcp("h", 1).with_tls()) == "nbds://h:1"
+    assert str(NbdUri.vsock(1).with_tls()) == "nbds+vsock://2:1"
+    assert NbdUri.tcp("h").with_tls().with_tls().plain_scheme == "nbd"
+    assert not NbdUri.tcp("h").encrypted

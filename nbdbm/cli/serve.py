@@ -21,10 +21,12 @@ from nbdbm.config import (
     DETECT_ZEROES,
     DISCARD,
     FORMATS,
+    TLS,
     BadValue,
     ExportConfig,
     ListenConfig,
     ServeConfig,
+    TlsConfig,
 )
 from nbdbm.errors import UsageError
 
@@ -162,6 +164,21 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
     metavar="USEC",
     help="Microseconds to stay awake for the next request; 0: never.",
 )
+@click.option(
+    "--tls",
+    type=click.Choice(TLS),
+    help="Whether clients may or must use TLS.  [default: off, or require with certificates or keys]",
+)
+@click.option(
+    "--tls-certificates",
+    type=DIRECTORY,
+    metavar="DIR",
+    help="Directory of server-cert.pem, server-key.pem, ca-cert.pem.",
+)
+@click.option("--tls-verify-peer", is_flag=True, help="Only clients with a certificate of that ca-cert.pem.")
+@click.option(
+    "--tls-psk", type=FILE, metavar="FILE", help="Pre-shared keys, lines NAME:HEX, instead of certificates."
+)
 @click.option("--pid-file", type=FILE, metavar="FILE", help="Hold the process ID here while serving.")
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
@@ -191,6 +208,10 @@ def serve(
     max_connections: int,
     max_connections_per_address: int,
     busy_poll: int,
+    tls: str | None,
+    tls_certificates: str | None,
+    tls_verify_peer: bool,
+    tls_psk: str | None,
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
@@ -212,6 +233,8 @@ def serve(
     listen = ListenConfig(
         socket=socket, socket_mode=socket_mode, socket_owner=socket_owner, host=bind, port=port, vsock=vsock
     )
+
+    secured = TlsConfig.of(tls, tls_certificates, tls_verify_peer, tls_psk)
 
     def read() -> ServeConfig:
         """The configuration as the command line has it, and the file by now."""
@@ -235,6 +258,7 @@ def serve(
             pid_file=pid_file,
             run=run_,
             listen=listen if listen.given or file is None else config.listen,
+            tls=secured if file is None or given & {"tls", "tls_certificates", "tls_psk"} else config.tls,
             server=replace(config.server, **chosen),
         )
 

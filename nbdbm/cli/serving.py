@@ -16,7 +16,7 @@ import click
 
 from nbdbm.cli import explain, printable
 from nbdbm.cli.opening import Directory, sources
-from nbdbm.config import ListenConfig, ServeConfig
+from nbdbm.config import ListenConfig, ServeConfig, TlsConfig
 from nbdbm.errors import NbdbmError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nbdbm.registry import ExportRegistry, Slot
     from nbdbm.server.listener import Listener
     from nbdbm.server.server import Server
+    from nbdbm.uri import NbdUri
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,15 @@ async def run(
     stop = asyncio.Event()
     registry = ExportRegistry()
     server = Server(registry, config.server)
+    _use_tls(server, config.tls)
     _on_signals(stop, server)
     with _bound(config, environ) as listeners:
         for listener in listeners:
-            if listener.exposed:
+            if listener.exposed and not config.tls.required:
                 log.warning(
-                    "%s: other machines can reach this, and what they read and write is not encrypted",
+                    "%s: other machines can reach this, and what they read and write is not encrypted%s",
                     listener.uri(""),
+                    " unless they ask for TLS; --tls require insists" if config.tls.enabled else "",
                 )
         if config.directory is not None:
             registry.directory = Directory(config.directory)
@@ -62,7 +65,8 @@ async def run(
                 status = 0
                 if config.run is not None:
                     name = config.exports[0].name if config.exports else ""
-                    status = await _run_command(config.run, name, listeners, environ, stop)
+                    variables = command_variables(_uri(listeners[0], name, config))
+                    status = await _run_command(config.run, variables, environ, stop)
                 else:
                     await stop.wait()
                 notify(environ.get("NOTIFY_SOCKET"), "STOPPING=1")
@@ -91,6 +95,18 @@ async def _open(slots: Iterable[Slot], *, or_else: bool) -> None:
             continue
         with suppress(Refused):
             await slot.ensure_open()
+
+
+def _use_tls(server: Server, config: TlsConfig) -> None:
+    """Read certificates or keys, for connections that begin from now on."""
+    from nbdbm.server.tls import Credentials
+
+    if not config.enabled:
+        server.tls = None
+    elif server.tls is None:
+        server.tls = Credentials(config)
+    else:
+        server.tls.reload(config)
 
 
 class _Reloads:
@@ -150,8 +166,12 @@ class _Reloads:
                 log.error("not reloaded: %s", line)
             return
         old, self._config = self._config, new
+        try:
+            _use_tls(self._server, new.tls)
+        except (NbdbmError, OSError) as error:
+            log.error("%s; TLS goes on with what it has", explain(error))
         if new.file is None:
-            return  # there is no file that could have changed
+            return  # there is nothing else that could have changed
         if new.listen != old.listen:
             log.warning("%s: [listen] has changed, which needs a restart", new.file)
         self._server.reconfigure(new.server)
@@ -260,11 +280,17 @@ def _report(config: ServeConfig, registry: ExportRegistry, listeners: list[Liste
         return
     lines = []
     for slot in registry.slots():
-        lines += [str(listener.uri(slot.source.name)) for listener in listeners]
+        lines += [str(_uri(listener, slot.source.name, config)) for listener in listeners]
         if slot.export is not None:
             lines += [f"context: {printable(name)}" for name in slot.export.info.contexts]
     # Of a directory, or with nothing to serve yet: where it is, at least.
-    _say("\n".join(lines or [str(listener.uri("")) for listener in listeners]))
+    _say("\n".join(lines or [str(_uri(listener, "", config)) for listener in listeners]))
+
+
+def _uri(listener: Listener, name: str, config: ServeConfig) -> NbdUri:
+    """Where a client finds an export, and whether it needs TLS for it."""
+    uri = listener.uri(name)
+    return uri.with_tls() if config.tls.required else uri
 
 
 def _say(text: str) -> None:
@@ -280,8 +306,7 @@ def _say(text: str) -> None:
 
 async def _run_command(
     command: str,
-    export: str,
-    listeners: list[Listener],
+    variables: dict[str, str],
     environ: MutableMapping[str, str],
     stop: asyncio.Event,
 ) -> int:
@@ -289,9 +314,7 @@ async def _run_command(
 
     A signal to us goes on to the command, whose end is awaited.
     """
-    process = await asyncio.create_subprocess_shell(
-        command, env={**environ, **command_variables(listeners[0], export)}
-    )
+    process = await asyncio.create_subprocess_shell(command, env={**environ, **variables})
     ended = asyncio.ensure_future(process.wait())
     stopped = asyncio.ensure_future(stop.wait())
     try:
@@ -305,9 +328,9 @@ async def _run_command(
     return 128 - status if status < 0 else status
 
 
-def command_variables(listener: Listener, export: str) -> dict[str, str]:
+def command_variables(uri: NbdUri) -> dict[str, str]:
     """The variables that tell a command how to reach the export, as nbdkit's captive mode names them."""
-    uri = listener.uri(export)
+    export = uri.export
     if uri.socket:
         address, old = {"unixsocket": uri.socket, "port": ""}, f"nbd:unix:{uri.socket}"
     else:

@@ -16,7 +16,7 @@ class HandshakeReady(NamedTuple):
 
 
 class StartTls(NamedTuple):
-    """The server agreed to TLS: begin it as its client, and call ``tls_started`` when its handshake is done."""
+    """The server agreed to TLS: begin it, and call ``tls_started`` when its handshake is done."""
 
 
 class ListedExport(NamedTuple):

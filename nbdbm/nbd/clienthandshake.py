@@ -19,7 +19,6 @@ from nbdbm.nbd.clientevents import (
     ListedExport,
     OptionRefused,
     Ready,
-    StartTls,
 )
 from nbdbm.nbd.constants import (
     IHAVEOPT,

@@ -16,10 +16,12 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from nbdbm.errors import NbdError
 from nbdbm.inline import run_inline
 from nbdbm.metrics import Ending
 from nbdbm.nbd.constants import NbdErrno
-from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested, Write
+from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested, StartTls, Write
+from nbdbm.nbd.handshake import TlsMode
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
@@ -29,6 +31,7 @@ from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import NAMES, Context, answer, cost
 from nbdbm.server.fastpath import FastPath
+from nbdbm.tunnel import Tunnel
 
 if TYPE_CHECKING:
     from nbdbm.server.server import Server
@@ -87,11 +90,15 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._server = server
         self._socket = sock
         self._loop = asyncio.get_running_loop()
+        self._credentials = server.tls
+        self._tunnel: Tunnel | None = None
+        """TLS, once it is asked for; then the transport too."""
         self.account = Account(server.metrics)
         self._protocol = ServerProtocol(
             server.registry.view(lambda: self.peer, self.account.turn_away),
             allocate=self._payload_buffer,
             refused=self.account.refused,
+            tls=TlsMode.OFF if server.tls is None else server.tls.mode,
         )
         self._transport: asyncio.Transport | None = None
         self._lease: Lease | None = None
@@ -333,6 +340,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                     following = self._go(event.name)
                 elif isinstance(event, ExportWanted):
                     self._opening = self._loop.create_task(self._open(event.name))
+                elif isinstance(event, StartTls):
+                    self._start_tls()
                 elif isinstance(event, Disconnected):
                     log.debug("client left%s: %s", "" if event.clean else " badly", event.reason)
                     self.account.end(
@@ -388,11 +397,46 @@ class NbdConnection(asyncio.BufferedProtocol):
         events = self._protocol.accept(export.info)
         if (negotiated := self._protocol.negotiated) is not None:
             self.account.contexts = [context.name for context in negotiated.contexts]
-        if self._socket is not None and not self._protocol.traced:
-            self._fast = FastPath(export, self._protocol, self._socket, self._server.buffers, tally)
-            if self._server.busy_poll:
+        outlet = self._socket or self._tunnel
+        if outlet is not None and not self._protocol.traced:
+            self._fast = FastPath(export, self._protocol, outlet, self._server.buffers, tally)
+            if self._server.busy_poll and self._socket is not None:
                 self._poll = BusyPoll(self._socket, self._server.busy_poll)
         return events
+
+    def _start_tls(self) -> None:
+        """Answer in plain text; from then on the transport is the tunnel. The handshake's time runs on."""
+        assert self._credentials is not None, "TLS is not offered without"
+        self._send()
+        if self._unsent:
+            self.account.end(Ending.PROTOCOL, "it wants TLS before it took the answers to earlier options")
+            self.abort()
+            return
+        self._socket = None
+        upgrade = self._credentials.begin()
+
+        def ready() -> None:
+            try:
+                self.peer = upgrade.peer(self.peer, tunnel.tls)
+            except NbdError as error:
+                failed(str(error))
+                self.abort()
+                return
+            self._protocol.tls_started()
+
+        def failed(reason: str) -> None:
+            self.account.end(Ending.TLS, f"no TLS: {reason}")
+
+        tunnel = Tunnel(
+            cast(asyncio.Transport, self._transport),
+            self,
+            upgrade.context,
+            server_side=True,
+            ready=ready,
+            failed=failed,
+        )
+        self._transport = self._tunnel = tunnel
+        tunnel.start()
 
     def _handshake_expired(self) -> None:
         if self._opening is not None:
@@ -574,6 +618,9 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _write(self, pieces: list[bytes | memoryview]) -> None:
         transport = cast(asyncio.Transport, self._transport)
+        if self._tunnel is not None:
+            transport.writelines(pieces)
+            return
         small: list[bytes | memoryview] = []
         for piece in pieces:
             if len(piece) < JOIN_BELOW:

@@ -30,6 +30,7 @@ from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.nbd.receiver import SMALL_BODY
 from nbdbm.nbd.transmission import HEAD
 from nbdbm.server.buffers import BufferPool
+from nbdbm.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class FastPath:
 
     Args:
         protocol: in transmission.
-        sock: where replies go as they are (no TLS); non-blocking.
+        sock: where replies go: the socket, non-blocking, or TLS, which must not be given the page cache's.
         buffers: where those of large payloads go back to.
         tally: where what was done is counted.
     """
@@ -88,13 +89,13 @@ class FastPath:
         self,
         export: Export,
         protocol: ServerProtocol,
-        sock: socket.socket,
+        sock: socket.socket | Tunnel,
         buffers: BufferPool,
         tally: Tally,
     ) -> None:
         self._reads, self._writes = tally.commands["read"], tally.commands["write"]
         self._try_read, self._try_write = export.try_read, export.try_write
-        self._try_send = export.try_send
+        self._try_send = export.try_send if isinstance(sock, socket.socket) else None
         self._replies, self._settle = protocol.replies, protocol.settle
         self._sock = sock
         self._give = buffers.give
@@ -210,6 +211,7 @@ class FastPath:
 
     def _send_with_file(self, at: int, fd: int, place: int, length: int) -> bytes:
         """Send the arena's first ``at`` bytes and then ``length`` from a file; return what was not taken."""
+        assert isinstance(self._sock, socket.socket)
         unsent = self._send(at)
         sent = 0
         try:

@@ -19,6 +19,7 @@ from nbdbm.server.buffers import BufferPool
 from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.listener import Listener, peer_of, prepare
+from nbdbm.server.tls import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,16 @@ class Server:
     ``start``, then ``close`` (which is idempotent and may be called at any time); both from the loop.
     """
 
-    def __init__(self, registry: ExportRegistry, config: ServerConfig | None = None) -> None:
+    def __init__(
+        self,
+        registry: ExportRegistry,
+        config: ServerConfig | None = None,
+        tls: Credentials | None = None,
+    ) -> None:
         self.registry = registry
         self.config = config or ServerConfig()
+        self.tls = tls
+        """What TLS is begun with; None: clients get none."""
         self.buffers = BufferPool()
         self.metrics = Metrics()
         self.budget = Budget(lambda: self._connections)

@@ -18,7 +18,6 @@ from click.testing import CliRunner
 
 from nbdbm.cli import main, remedy
 from nbdbm.cli.serving import command_variables
-from nbdbm.server.listener import Listener
 from nbdbm.uri import NbdUri
 
 TIMEOUT = 40
@@ -328,7 +327,7 @@ def test_signals_one_by_one(image: Path, tmp_path: Path) -> None:
 
 
 def test_command_variables_for_tcp() -> None:
-    assert command_variables(Listener([], NbdUri.tcp("localhost", 1234)), "e") == {
+    assert command_variables(NbdUri.tcp("localhost", 1234, "e")) == {
         "uri": "nbd://localhost:1234/e",
         "nbd": "nbd:localhost:1234:exportname=e",
         "exportname": "e",
