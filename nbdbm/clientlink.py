@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nbdbm.errors import NbdError
+from nbdbm.errors import NbdError, UsageError
 from nbdbm.nbd.client import ClientEvent, ClientProtocol, HandshakeReady, OptionRefused, Reply
 from nbdbm.nbd.constants import NbdErrno
 from nbdbm.uri import SCHEME_UNIX, NbdUri
@@ -66,6 +66,9 @@ class Link(asyncio.BufferedProtocol):
         Args:
             timeout: seconds for connecting, and for every answer from then on.
         """
+        if uri.encrypted:
+            # Never in plain text what somebody wants encrypted.
+            raise UsageError(f"{uri}: this client has no TLS yet")
         link = cls(uri, core, timeout)
         try:
             async with asyncio.timeout(timeout):
