@@ -422,6 +422,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                 failed(str(error))
                 self.abort()
                 return
+            # What it asked for in plain text, somebody else may have asked for; and it was judged as nobody.
+            self._hold(None)
             self._protocol.tls_started()
 
         def failed(reason: str) -> None:
