@@ -20,7 +20,7 @@ from nbdbm.uri import NbdUri
 from tests.cli.test_serve import TIMEOUT, ended, started
 from tests.support.servers import nbdbm_run
 
-SERVE = (sys.executable, "-m", "nbdbm", "serve")
+SERVE = (sys.executable, "-m", "nbdbm", "serve", "-q")
 
 
 def raw(path: Path, letter: str) -> Path:
