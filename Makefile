@@ -8,10 +8,11 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 BIN    := $(VENV)/bin
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP  := $(VENV)/.installed-dev
+FUZZ_STAMP := $(VENV)/.installed-fuzz
 PEERS_STAMP := $(VENV)/.installed-peers
 COMPILED   := nbdbm/_speed.abi3.so
 
-.PHONY: help demo test unit interop peers bench growth bench-doc man picture lint format types clean
+.PHONY: help demo test unit interop peers bench growth bench-doc man picture fuzz lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -58,6 +59,10 @@ man: $(USER_STAMP)
 picture: $(BIN)/python
 	$(BIN)/python -m scripts.layer_picture --write
 
+## make fuzz      hostile bytes at everything that reads them, FUZZ_SECONDS (60) per target; FUZZ_ARGS
+fuzz: $(FUZZ_STAMP)
+	$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
+
 ## make lint      style, import layers, twin tests, the README's tree, the picture of the layers
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check
@@ -94,6 +99,10 @@ $(DEV_STAMP): pyproject.toml setup.py nbdbm/_speed.c | $(BIN)/python
 # After the Debian peers, which include a compiler.
 $(PEERS_STAMP): $(DEV_STAMP) | peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	@touch $@
+
+$(FUZZ_STAMP): $(DEV_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,fuzz]'
 	@touch $@
 
 # An installation without a compiler has left this out: once more, now that the peers include one.

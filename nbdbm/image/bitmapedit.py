@@ -103,7 +103,8 @@ async def edit_bitmaps(
     """Apply the operations to the bitmaps of the image at ``path``: all of them, or none.
 
     Raises:
-        ImageError, BitmapError: it cannot be done; nothing has changed.
+        ImageError, BitmapError: it cannot be done; nothing has changed, but that refcounts may have been
+            corrected in an image that was not closed cleanly.
         OSError: a write or sync failed; the image has the old bitmaps or the new ones.
     """
     editor = await BitmapEditor.open(path, open_file=open_file)
