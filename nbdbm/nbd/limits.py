@@ -33,6 +33,10 @@ class Limits:
     option's reply before it sends the next ("Fixed newstyle negotiation"); without this limit a packet
     of pipelined LISTs (16 bytes each) would have us build gigabytes."""
 
+    max_pipelined: int = 128
+    """Options (a number) answered before any reply of theirs is sent, for the same reason: a packet of them
+    costs time, too, and a thousand such clients kept everybody else from being accepted for 20 seconds."""
+
     max_contexts: int = 4096
     """Metadata contexts (a number) one connection may select. Each costs every BLOCK_STATUS a walk and
     a chunk; backup clients select a handful."""

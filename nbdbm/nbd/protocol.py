@@ -116,6 +116,7 @@ class ServerProtocol(Receiver):
         "_option",
         "_origins",
         "_out",
+        "_pipelined",
         "_queued",
         "_refused",
         "_replies",
@@ -150,6 +151,8 @@ class ServerProtocol(Receiver):
         self._out: Output = []
         self._queued = 0
         """Bytes of option replies in ``_out``."""
+        self._pipelined = 0
+        """Options answered since ``data_to_send``."""
         self._handshake: Handshake | None = Handshake(catalog, limits, tls)
         """Dropped when transmission begins: a connection lives long and should weigh little."""
         self._after_skip: tuple[OptionRequest, Rep] | tuple[Request, Refusal] | None = None
@@ -266,7 +269,7 @@ class ServerProtocol(Receiver):
         out = self._out
         if out:
             self._out = []
-            self._queued = 0
+            self._queued = self._pipelined = 0
         return out
 
     def _parse(self, end: int, events: list[Event]) -> None:
@@ -435,7 +438,8 @@ class ServerProtocol(Receiver):
         goodbye = option.option == Opt.ABORT
         if end - start < length <= SMALL_BODY and not goodbye:
             return at
-        if self._queued > self._limits.max_queued:
+        self._pipelined += 1
+        if self._queued > self._limits.max_queued or self._pipelined > self._limits.max_pipelined:
             raise ProtocolViolation("the client sends options without awaiting their replies")
         handshake = self._handshake
         assert handshake is not None
@@ -451,7 +455,8 @@ class ServerProtocol(Receiver):
             return start
         if end - start < length:
             self._option = option
-            self._begin_body(memoryview(bytearray(length)), start, end)
+            # Pages of it are taken as they are received, not as they are announced.
+            self._begin_body(memoryview(mmap.mmap(-1, length)), start, end)
             return end
         self._answer_option(option, bytes(self._view[start : start + length]), events)
         return start + length

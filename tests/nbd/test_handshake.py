@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -438,6 +440,31 @@ def test_pipelined_options_disconnect_once_their_replies_pile_up() -> None:
     (event,) = protocol.receive_data(FLAGS + opt(3) * 3)
     assert isinstance(event, Disconnected) and "without awaiting" in event.reason
     assert len(split(b"".join(protocol.data_to_send()))) == 5
+
+
+def test_pipelined_options_disconnect_when_they_are_too_many() -> None:
+    protocol = ServerProtocol(ListCatalog(), limits=Limits(max_pipelined=3))
+    protocol.data_to_send()
+    protocol.receive_data(FLAGS + opt(3) * 3)
+    assert not protocol.closed
+    protocol.data_to_send()
+    assert not protocol.receive_data(opt(99) * 3)
+    (event,) = protocol.receive_data(opt(99))
+    assert isinstance(event, Disconnected) and "without awaiting" in event.reason
+
+
+def test_an_announced_option_takes_memory_only_as_it_arrives() -> None:
+    """A hundred clients that announce 4 MiB each, and send little of it."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    protocols = [ServerProtocol(ListCatalog()) for _ in range(100)]
+    for protocol in protocols:
+        protocol.receive_data(FLAGS + opt(6, bytes(70_000), 4 << 20))
+        assert not protocol.closed
+    assert resident() - before < 64 << 20
 
 
 def test_options_that_await_their_replies_are_never_too_many_bytes() -> None:
