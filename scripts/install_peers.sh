@@ -13,6 +13,7 @@ packages=(
     nbdkit-plugin-python    # a server that answers exactly as a test wants
     nbd-client              # the oldest client there is
     nbd-server              # and its server, which speaks simple replies only
+    openssl                 # who makes certificates for tests
     fio                     # the benchmark's load generator
     gcc                     # the compiled part of the package, which is tested beside the Python that does
     libc6-dev               # the same where it is missing
