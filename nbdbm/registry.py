@@ -107,12 +107,14 @@ class Slot:
         self._unused.set()
         self._failure: tuple[float, Refused] | None = None
         self._grace: asyncio.TimerHandle | None = None
+        self._awaited = 0
+        """Clients that wait for it to be opened."""
         self.withdrawn = False
 
     @property
     def changing(self) -> bool:
-        """Whether it is being opened or closed."""
-        return self._change.locked()
+        """Whether it is being opened or closed, or about to be (a lock that changes hands is not locked)."""
+        return self._awaited > 0 or self._change.locked()
 
     @property
     def connections(self) -> int:
@@ -124,7 +126,14 @@ class Slot:
         while not self.withdrawn:
             if (lease := self.lease_now(peer, revoke)) is not None:
                 return lease
-            await self.ensure_open()
+            self._awaited += 1
+            try:
+                await self.ensure_open()
+            except asyncio.CancelledError:
+                asyncio.get_running_loop().call_soon(self._registry.forget, self)
+                raise
+            finally:
+                self._awaited -= 1
         raise Refused(Rep.ERR_UNKNOWN, f"export {self.source.name!r} is not offered any more")
 
     async def ensure_open(self) -> None:

@@ -226,6 +226,55 @@ class TestDirectory:
 
         run(main)
 
+    def test_who_comes_while_it_closes_and_who_comes_then_share_it(self) -> None:
+        """Were it forgotten between the two, it would be opened twice, and refused by its own locks."""
+
+        async def main() -> None:
+            registry, disk, closing = ExportRegistry(), Disk("a"), asyncio.Event()
+            registry.directory = lambda: {"a": disk.source}
+
+            class Slow(MemoryImage):
+                async def close(self) -> None:
+                    await closing.wait()
+                    disk.log.append("close")
+
+            lease = await leased(registry, "a")
+            lease.export._image = Slow(b"")  # type: ignore[assignment]
+            lease.release()
+            await asyncio.sleep(0.01)
+            disk.gate.clear()
+            second = asyncio.ensure_future(leased(registry, "a"))
+            await settle()
+            closing.set()
+            await settle()
+            third = asyncio.ensure_future(leased(registry, "a"))
+            await settle()
+            disk.gate.set()
+            assert (await second).export is (await third).export
+            assert disk.log == ["open", "close", "open"]
+            second.result().release()
+            third.result().release()
+            await asyncio.sleep(0.01)
+            assert not list(registry.slots())
+            await registry.close()
+
+        run(main)
+
+    def test_who_waits_in_vain_is_forgotten(self) -> None:
+        async def main() -> None:
+            registry, disk = ExportRegistry(), Disk("a")
+            registry.directory = lambda: {"a": disk.source}
+            disk.gate.clear()
+            waiting = asyncio.ensure_future(leased(registry, "a"))
+            await settle()
+            waiting.cancel()
+            await asyncio.wait((waiting,))
+            await settle()
+            assert not list(registry.slots()) and disk.log == []
+            await registry.close()
+
+        run(main)
+
     def test_what_cannot_be_opened_is_not_remembered_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(registries, "RETRY_AFTER", 0.01)
 
