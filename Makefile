@@ -12,7 +12,7 @@ FUZZ_STAMP := $(VENV)/.installed-fuzz
 PEERS_STAMP := $(VENV)/.installed-peers
 COMPILED   := nbdbm/_speed.abi3.so
 
-.PHONY: help demo test unit interop peers bench growth bench-doc man picture fuzz lint format types clean
+.PHONY: help demo test soak unit interop peers bench growth bench-doc man picture fuzz lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ unit: $(DEV_STAMP)
 ## make interop   only the tests against the peers
 interop: peers $(COMPILED) $(PEERS_STAMP)
 	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/interop
+
+## make soak      every kind of client, reloads, restarts and kills for SOAK_SECONDS (600)
+SOAK_SECONDS ?= 600
+soak: peers $(COMPILED) $(PEERS_STAMP)
+	NBDBM_REQUIRE_PEERS=1 NBDBM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -n 0 -s tests/soak
 
 ## make peers     install qemu-utils, libnbd and the other peers (Debian), unpack newer ones and guests
 peers:

@@ -23,7 +23,7 @@ WITHOUT = {
 }
 """Modules that need no test of their own, and why."""
 
-ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "data", "packaging"}
+ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "soak", "data", "packaging"}
 """Folders of tests that mirror no folder of the package."""
 
 EXTRA = {

@@ -123,6 +123,8 @@ class Load:
         """The ranges of requests that were answered."""
         self.flushes = 0
         self.requests = 0
+        self.resting = False
+        """Lanes and flushers are to end where they are."""
 
     async def run(self, uri: str, connections: int) -> None:
         """Returns when the connections are lost."""
@@ -138,7 +140,7 @@ class Load:
     async def _lane(self, client: NbdClient, lane: Lane) -> None:
         number = 0
         try:
-            while True:
+            while not self.resting:
                 number += 1
                 await self._request(client, lane, number)
                 self.requests += 1
@@ -159,16 +161,18 @@ class Load:
             op = Op(offset, bytes(length), fua and kind == "zeroes")
         at = lane.start + offset
         lane.ops.append(op)
+        self.asked(at, length)
         if kind == "write":
             await client.write(at, op.data, fua=fua)
         elif kind == "zeroes":
             await client.write_zeroes(at, length, fua=fua, no_hole=rng.random() < 0.5)
         else:
             await client.trim(at, length)
+        self.answered(at, length)
+        if kind == "trim":
             # Zeroes or what was there: one of the two, and from now on it stays so.
             op.data = bytes(await client.read(at, length))
         op.answered = True
-        self.touched.append((at, length))
         if number % 10 == 0:
             state = bytearray(lane.durable)
             for done in lane.ops:
@@ -176,9 +180,16 @@ class Load:
             found = await client.read(lane.start, width)
             assert found == state, f"lane at {lane.start}: read back wrong"
 
+    def asked(self, offset: int, length: int) -> None:
+        """A request that changes this range is about to be sent."""
+
+    def answered(self, offset: int, length: int) -> None:
+        """It was carried out."""
+        self.touched.append((offset, length))
+
     async def _flusher(self, client: NbdClient) -> None:
         try:
-            while True:
+            while not self.resting:
                 await asyncio.sleep(self.rng.random() * 0.03)
                 # A flush covers what was answered before it was asked for, on any connection.
                 before = [(lane, lane.done, list(lane.ops)) for lane in self.lanes]
