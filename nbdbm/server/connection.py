@@ -26,6 +26,7 @@ from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
 from nbdbm.server.account import Account
+from nbdbm.server.ahead import StatusAhead
 from nbdbm.server.budget import SMALL
 from nbdbm.server.buffers import Buffer
 from nbdbm.server.busypoll import BusyPoll
@@ -109,6 +110,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._fast: FastPath | None = None
         """Answers what it can before anything of the below begins; needs the socket itself."""
         self._poll: BusyPoll | None = None
+        self._status_ahead: StatusAhead | None = None
         self._ahead: list[Event] = []
         """What it has not looked at yet, because the client does not take replies or its turn was over."""
         self._handshake: asyncio.TimerHandle | None = None
@@ -159,6 +161,8 @@ class NbdConnection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         events = self._protocol.buffer_updated(nbytes)
         idle = self._act_on(events)
+        if idle and (ahead := self._status_ahead) is not None and ahead.wanted:
+            ahead.work()
         if idle and (poll := self._poll) and len(events) == 1 and self._may_stay_awake and poll.begin():
             self._stay_awake(poll)
 
@@ -202,6 +206,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                 # It waits for something, or several came at once: this client need not be waited for.
                 poll.stop()
                 return
+            if (ahead := self._status_ahead) is not None and ahead.wanted:
+                ahead.work()
         if poll.going_on:
             self._loop.call_soon(self._stay_awake_again, poll)
 
@@ -393,7 +399,10 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._handshake.cancel()
             self._handshake = None
         tally = self.account.enter(export.info.name)
-        self._context = Context(export, self._protocol, self._server.buffers, self._sent, tally)
+        self._status_ahead = StatusAhead.of(export, self._protocol)
+        self._context = Context(
+            export, self._protocol, self._server.buffers, self._sent, tally, self._status_ahead
+        )
         events = self._protocol.accept(export.info)
         if (negotiated := self._protocol.negotiated) is not None:
             self.account.contexts = [context.name for context in negotiated.contexts]

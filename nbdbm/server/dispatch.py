@@ -15,6 +15,7 @@ from nbdbm.metrics import Tally
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
 from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.server.ahead import StatusAhead
 from nbdbm.server.buffers import Buffer, BufferPool
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Context(NamedTuple):
     sent: list[Buffer]
     """Buffers whose content is queued as replies; the connection gives them back once it is sent."""
     tally: Tally
+    ahead: StatusAhead | None = None
+    """Makes answers to block status before they are asked for, if that is possible."""
 
 
 async def answer(event: Command, context: Context) -> None:
@@ -146,6 +149,11 @@ async def _read(event: Read, context: Context) -> None:
 
 
 async def _block_status(event: BlockStatus, context: Context) -> None:
+    ahead = context.ahead
+    if ahead is not None and (answers := ahead.take(event)) is not None:
+        ahead.note(event, answers)
+        context.protocol.reply_block_status(event.cookie, answers)
+        return
     answers = await context.export.block_status(
         event.contexts,
         event.offset,
@@ -153,6 +161,8 @@ async def _block_status(event: BlockStatus, context: Context) -> None:
         req_one=bool(event.flags and event.flags & CmdFlag.REQ_ONE),
         limit=context.protocol.extent_limit(event),
     )
+    if ahead is not None and not event.flags:
+        ahead.note(event, answers)
     context.protocol.reply_block_status(event.cookie, answers)
 
 
