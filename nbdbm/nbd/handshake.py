@@ -118,6 +118,10 @@ class _Invalid(Exception):
     """Option data that breaks its layout; answered ERR_INVALID with this text."""
 
 
+class _TooBig(Exception):
+    """Option data in order, but too much of it; answered ERR_TOO_BIG with this text."""
+
+
 class _Cursor:
     """Reads option data front to back; what is missing or too long is _Invalid."""
 
@@ -159,6 +163,10 @@ class _Cursor:
             raise _Invalid(f"export name: longer than {MAX_STRING} bytes")
         return name
 
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.at
+
     def end(self) -> None:
         if self.at != len(self.data):
             raise _Invalid(f"{len(self.data) - self.at} bytes too many")
@@ -188,11 +196,12 @@ class Handshake:
         "_fixed",
         "_ids",
         "_limits",
+        "_name_wanted",
         "_option",
+        "_option_bytes",
         "_options",
         "_pending",
         "_tls",
-        "_wanted",
         "_zeroes",
         "out",
         "style",
@@ -206,10 +215,12 @@ class Handshake:
         self._fixed = False
         self._zeroes = True
         self._options = 0
+        self._option_bytes = 0
         self._option = 0
         self._pending: bytes | None = None
         """Data of the option that awaits the opening of its export."""
-        self._wanted: frozenset[int] = frozenset()
+        self._name_wanted = False
+        """The only piece of information that is sent on request."""
         self._ids: dict[str, int] = {}
         self._contexts: tuple[MetaContext, ...] = ()
         self._contexts_of: str | None = None
@@ -247,6 +258,11 @@ class Handshake:
                 raise ProtocolViolation("NBD_OPT_EXPORT_NAME after extended headers were agreed upon")
         elif not self._fixed:
             raise ProtocolViolation(f"option {option:#x} from a client without fixed newstyle")
+        if option != Opt.ABORT:  # whose data is never read
+            self._option_bytes += length
+            if self._option_bytes > self._limits.max_option_bytes:
+                limit = self._limits.max_option_bytes
+                raise ProtocolViolation(f"more than {limit} bytes of option data in one handshake")
         if refused and option not in (Opt.STARTTLS, Opt.ABORT):
             return Rep.ERR_TLS_REQD
         if option == Opt.SET_META_CONTEXT:
@@ -278,6 +294,9 @@ class Handshake:
             return ExportWanted(str(wanted))
         except _Invalid as fault:
             self._error(option, Rep.ERR_INVALID, f"{Opt(option).name}: {fault}")
+            return None
+        except _TooBig as excess:
+            self._error(option, Rep.ERR_TOO_BIG, f"{Opt(option).name}: {excess}")
             return None
 
     def tls_started(self) -> None:
@@ -364,12 +383,12 @@ class Handshake:
         cursor = _Cursor(data)
         name = cursor.export_name()
         count = cursor.u16("number of information requests")
-        wanted = frozenset(cursor.u16("information request") for _ in range(count))
+        wanted = {cursor.u16("information request") for _ in range(count)}
         cursor.end()
         info = self._find(option, name)
         if info is None:
             return None
-        self._wanted = wanted
+        self._name_wanted = Info.NAME in wanted
         if option is Opt.GO:
             return GoRequested(info.name)
         self._send_info(option, self._told(info, selecting=True))
@@ -418,9 +437,7 @@ class Handshake:
             return None
         names = matches(queries, info.contexts, listing=False)
         if len(names) > self._limits.max_contexts:
-            text = f"{len(names)} contexts selected, the limit is {self._limits.max_contexts}"
-            self._error(option, Rep.ERR_TOO_BIG, text)
-            return None
+            raise _TooBig(f"{len(names)} contexts selected, the limit is {self._limits.max_contexts}")
         # An id once given to a name stays with it for the connection, so that a client that asks twice
         # cannot mix up old and new answers.
         ids = self._ids
@@ -439,6 +456,10 @@ class Handshake:
         cursor = _Cursor(data)
         name = cursor.export_name()
         count = cursor.u32("number of queries")
+        if count > self._limits.max_queries:
+            if cursor.left < U32.size * count:
+                raise _Invalid(f"{count} queries in {cursor.left} bytes")
+            raise _TooBig(f"{count} queries, the limit is {self._limits.max_queries}")
         queries = list(self._queries(cursor, count))
         cursor.end()
         return self._find(Opt(self._option), name), queries
@@ -481,7 +502,7 @@ class Handshake:
         return replace(info, flags=flags)
 
     def _send_info(self, option: Opt, told: ExportInfo) -> None:
-        if Info.NAME in self._wanted:
+        if self._name_wanted:
             self._item(option, U16.pack(Info.NAME) + encode(told.name))
         if told.description:
             self._item(option, U16.pack(Info.DESCRIPTION) + display(told.description))

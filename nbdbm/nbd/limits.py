@@ -19,10 +19,18 @@ class Limits:
     """Largest refused WRITE payload that is read and thrown away to keep the stream in step. Beyond it
     the client is cut off: it would keep us busy with bytes that nobody wants."""
 
-    max_option_length: int = 4 * 1024 * 1024
-    """Longest option data that is kept for parsing; it holds a query for each of ``max_contexts``
-    bitmaps with names of the greatest length. Longer data is drained and answered ERR_TOO_BIG, so an
-    unknown peer cannot claim more than this."""
+    max_option_length: int = 1024 * 1024
+    """Longest option data that is kept for parsing, and so the memory that a peer whom nobody knows yet can
+    claim: it holds ``max_queries`` queries of 250 bytes each, longer than the names people give. Longer data
+    is drained and answered ERR_TOO_BIG."""
+
+    max_option_bytes: int = 32 * 1024 * 1024
+    """Option data in one handshake. A client that asks about each of 16384 exports by a name of 255 bytes
+    sends 4 MiB; one that sends eight times as much only wants to keep us reading, and is cut off."""
+
+    max_queries: int = 4096
+    """Queries (a number) in one LIST or SET_META_CONTEXT: as many as contexts may be selected. A MiB of empty
+    ones, 4 bytes each, would become twenty times as much memory."""
 
     max_options: int = 16384
     """Options per handshake (a number). A client needs about three for each export there is; a peer
