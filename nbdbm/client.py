@@ -109,7 +109,7 @@ class NbdClient:
         """Connect and stop in the handshake: ``list_*`` and ``info`` may be asked, and in the end ``go``."""
         if isinstance(uri, str):
             uri = uris.parse(uri)
-        core = ClientProtocol(structured=structured, extended=extended)
+        core = ClientProtocol(structured=structured, extended=extended, tls=uri.encrypted)
         return cls(core, await Link.connect(uri, core, timeout))
 
     async def close(self) -> None:

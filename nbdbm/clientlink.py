@@ -13,12 +13,16 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nbdbm.errors import NbdError, UsageError
-from nbdbm.nbd.client import ClientEvent, ClientProtocol, HandshakeReady, OptionRefused, Reply
+from nbdbm.errors import NbdError
+from nbdbm.nbd.client import ClientEvent, ClientProtocol, HandshakeReady, OptionRefused, Reply, StartTls
 from nbdbm.nbd.constants import NbdErrno
 from nbdbm.uri import SCHEME_UNIX, NbdUri
+
+if TYPE_CHECKING:
+    from nbdbm.clienttls import ClientTls
+    from nbdbm.tunnel import Tunnel
 
 CLOSE_TIMEOUT = 5.0
 """Seconds to wait for the goodbye to be sent; nothing is lost without it."""
@@ -47,6 +51,9 @@ class Link(asyncio.BufferedProtocol):
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._tls: ClientTls | None = None
+        self._tunnel: Tunnel | None = None
+        """TLS; the transport from the moment when it begins."""
         self._greeting: asyncio.Future[ClientEvent] = self._loop.create_future()
         self._option: asyncio.Future[ClientEvent] | None = self._greeting
         """Who waits for the handshake's next answer."""
@@ -64,12 +71,18 @@ class Link(asyncio.BufferedProtocol):
         """Connect, and return once the server's greeting and the kind of headers are settled.
 
         Args:
+            core: asks for TLS if ``uri`` does.
             timeout: seconds for connecting, and for every answer from then on.
+
+        Raises:
+            NbdError: nobody is there, or does not answer as it should.
+            UsageError: the certificates or keys that ``uri`` names are of no use.
         """
-        if uri.encrypted:
-            # Never in plain text what somebody wants encrypted.
-            raise UsageError(f"{uri}: this client has no TLS yet")
         link = cls(uri, core, timeout)
+        if uri.encrypted:
+            from nbdbm.clienttls import ClientTls
+
+            link._tls = ClientTls(uri)
         try:
             async with asyncio.timeout(timeout):
                 await link._connect()
@@ -83,11 +96,12 @@ class Link(asyncio.BufferedProtocol):
         except BaseException:
             link.abort()
             raise
+        assert link._tunnel is not None or not uri.encrypted, "never in plain text what is to be encrypted"
         return link
 
     async def _connect(self) -> None:
         loop, uri = self._loop, self.uri
-        if uri.scheme == SCHEME_UNIX:
+        if uri.plain_scheme == SCHEME_UNIX:
             await loop.create_unix_connection(lambda: self, uri.socket)
             return
         # create_connection tries the addresses too, but tells of several failures in one unreadable line.
@@ -217,8 +231,37 @@ class Link(asyncio.BufferedProtocol):
         self._replies.clear()
         self._writable.set()
 
+    def _start_tls(self) -> None:
+        """The transport is the tunnel from now on. The time limit for the greeting runs on."""
+        from nbdbm.tunnel import Tunnel
+
+        assert self._transport is not None and self._tls is not None, "the core wants TLS if the URI does"
+        tls = self._tls
+
+        def ready() -> None:
+            for event in self._core.tls_started():
+                self._deliver(event)
+            self._send()
+
+        def failed(reason: str) -> None:
+            self.give_up(tls.explain(reason))
+
+        tunnel = Tunnel(
+            self._transport,
+            self,
+            tls.context,
+            server_side=False,
+            hostname=tls.hostname,
+            ready=ready,
+            failed=failed,
+        )
+        self._transport = self._tunnel = tunnel
+        tunnel.start()
+
     def _deliver(self, event: ClientEvent) -> None:
-        if isinstance(event, Reply):
+        if isinstance(event, StartTls):
+            self._start_tls()
+        elif isinstance(event, Reply):
             waiter = self._replies.pop(event.cookie)
             if not waiter.done():
                 waiter.set_result(event)
@@ -264,6 +307,11 @@ class Link(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         number = (exc.errno if isinstance(exc, OSError) else None) or errno.ECONNRESET
         text = os.strerror(number) if exc is not None else "the server closed the connection"
+        if self._tunnel is not None and self._tunnel.fault:
+            text = f"TLS: {self._tunnel.fault}"
+        elif self._tunnel is not None and not self._greeting.done():
+            # TLS 1.3: our part of the handshake ends before the server has judged our certificate.
+            text += " right after TLS's handshake; it may want a client's certificate, or another one"
         self.give_up(text, number)
         self._lost.set()
 

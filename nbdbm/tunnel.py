@@ -69,6 +69,8 @@ class Tunnel(asyncio.Transport, asyncio.BufferedProtocol):
         self._outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, hostname)
         """What was agreed upon, and with whom."""
+        self.fault = ""
+        """Why TLS ended after its handshake, if it was at fault."""
         self._established = False
         self._over = False
         """The handshake failed, or the connection is lost."""
@@ -268,7 +270,8 @@ class Tunnel(asyncio.Transport, asyncio.BufferedProtocol):
         return bool(self._incoming.pending or self.tls.pending())
 
     def _broken(self, error: ssl.SSLError) -> None:
-        log.debug("TLS broke: %s", explain(error))
+        self.fault = explain(error)
+        log.debug("TLS broke: %s", self.fault)
         self._flush()
         self.abort()
 

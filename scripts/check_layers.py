@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "peer": set(),
     # The exports of one server; the handshake's catalog, and leases for the shell.
     "registry": {"errors", "access", "exports", "peer", "nbd.constants", "nbd.catalog"},
+    "tlsfiles": {"errors", "tunnel"},
     "tunnel": set(),
     "uri": {"errors"},
     "nbd": {"errors", "extents", "runs"},
@@ -56,11 +57,13 @@ ALLOWED: dict[str, set[str]] = {
         "registry",
         "config",
         "peer",
+        "tlsfiles",
         "tunnel",
         "uri",
     },
     "client": {"errors", "extents", "nbd", "uri", "clientlink"},
-    "clientlink": {"errors", "nbd", "uri"},
+    "clientlink": {"errors", "nbd", "uri", "clienttls", "tunnel"},
+    "clienttls": {"errors", "uri", "tlsfiles"},
     "control": {"errors", "server", "exports", "registry", "metrics", "peer"},
     "cli": {
         "errors",

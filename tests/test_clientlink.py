@@ -366,12 +366,3 @@ def test_replies_without_end(
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
-
-
-@pytest.mark.parametrize("uri", ["nbds://localhost/", "nbds+unix:///?socket=/s"])
-def test_nothing_is_sent_in_plain_text_where_tls_is_wanted(uri: str) -> None:
-    async def main() -> None:
-        with pytest.raises(UsageError, match="no TLS"):
-            await NbdClient.open(uri)
-
-    asyncio.run(main())

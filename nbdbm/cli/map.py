@@ -80,8 +80,9 @@ def map_command(
 ) -> None:
     """Show which parts of a disk are data, zero or dirty.
 
-    The disk is an image file, or an export of an NBD server given by its URI. Extents are listed as
-    offset, length, type and description; on a terminal the disk is drawn, its bitmaps below it.
+    The disk is an image file, or an export of an NBD server given by its URI (nbd://, nbd+unix://, and
+    with TLS nbds://, nbds+unix://). Extents are listed as offset, length, type and description; on a
+    terminal the disk is drawn, its bitmaps below it.
     """
     if picture and (as_json or totals):
         raise UsageError("--picture excludes --json and --totals")

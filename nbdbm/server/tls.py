@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import ssl
-import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,20 +20,12 @@ from nbdbm.config import TlsConfig
 from nbdbm.errors import NbdError, UsageError
 from nbdbm.nbd.handshake import TlsMode
 from nbdbm.peer import Peer, TlsPeer
+from nbdbm.tlsfiles import PSK_CIPHERS, load_authorities, load_pair, parse_keys, read
 from nbdbm.tunnel import explain
 
 log = logging.getLogger(__name__)
 
 MODES = {"off": TlsMode.OFF, "on": TlsMode.ON, "require": TlsMode.REQUIRE}
-
-MAX_FILE = 16 * 1024 * 1024
-"""Longest file of certificates or keys, bytes: some hundred thousand clients' keys."""
-
-MAX_KEY = 256
-"""Longest pre-shared key, bytes: as long as Python's ssl takes."""
-
-PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305:ECDHE-PSK-AES256-CBC-SHA384:ECDHE-PSK-AES128-CBC-SHA256"
-"""For TLS 1.2: what keeps a recording secret from those who learn the key later. (TLS 1.3 has its own.)"""
 
 
 class Credentials:
@@ -54,7 +44,7 @@ class Credentials:
         if config.psk is not None:
             if not hasattr(ssl.SSLContext, "set_psk_server_callback"):
                 raise UsageError("--tls-psk: needs Python 3.13 or newer; --tls-certificates does not")
-            self._keys = parse_keys(config.psk, _read(config.psk, secret=True))
+            self._keys = parse_keys(config.psk, read(config.psk, secret=True))
             self._context = None
         else:
             assert config.certificates is not None
@@ -128,39 +118,11 @@ def _tls_peer(
 
 
 def _use_certificates(context: ssl.SSLContext, directory: str, verify_peer: bool) -> None:
-    certificate = os.path.join(directory, "server-cert.pem")
-    key = os.path.join(directory, "server-key.pem")
-    _need(certificate, _read(certificate), "-----BEGIN CERTIFICATE-----")
-    _need(key, _read(key, secret=True), "PRIVATE KEY-----")
-
-    def no_password() -> str:
-        raise UsageError(f"{key}: is encrypted, and there is nobody to ask for the password")
-
-    try:
-        context.load_cert_chain(certificate, key, no_password)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            raise UsageError(f"{key}: does not belong to the certificate in {certificate}") from error
-        raise UsageError(f"{certificate}, {key}: cannot be used: {explain(error)}") from error
+    certificate = load_pair(context, directory, "server")
     _try_out(context, certificate)
-    if not verify_peer:
-        return
-    authority = os.path.join(directory, "ca-cert.pem")
-    _load_authority(context, authority)
-    context.verify_mode = ssl.CERT_REQUIRED
-    revoked = os.path.join(directory, "ca-crl.pem")
-    if os.path.lexists(revoked):
-        _need(revoked, _read(revoked), "-----BEGIN X509 CRL-----")
-        _load_authority(context, revoked)
-        context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
-
-
-def _load_authority(context: ssl.SSLContext, path: str) -> None:
-    _read(path)
-    try:
-        context.load_verify_locations(path)
-    except ssl.SSLError as error:
-        raise UsageError(f"{path}: cannot be used: {explain(error)}") from error
+    if verify_peer:
+        load_authorities(context, directory)
+        context.verify_mode = ssl.CERT_REQUIRED
 
 
 def _try_out(context: ssl.SSLContext, certificate: str) -> None:
@@ -182,49 +144,6 @@ def _try_out(context: ssl.SSLContext, certificate: str) -> None:
         log.warning("%s: clients will refuse it: %s", certificate, error.verify_message)
     except ssl.SSLError as error:
         raise UsageError(f"{certificate}: cannot be used: {explain(error)}") from error
-
-
-def parse_keys(path: str, text: str) -> dict[str, bytes]:
-    """The keys by name: lines ``NAME:HEX``, or ``#HEX:HEX`` for a name that may have any character."""
-    keys: dict[str, bytes] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        # The line is not shown: it may hold a key.
-        name, separator, digits = line.rpartition(":")
-        if not separator or not name:
-            raise UsageError(f"{where}: not NAME:KEY")
-        try:
-            if name.startswith("#"):
-                name = bytes.fromhex(name[1:]).decode()
-            key = bytes.fromhex(digits)
-        except ValueError:
-            raise UsageError(f"{where}: not hexadecimal") from None
-        if not 0 < len(key) <= MAX_KEY:
-            raise UsageError(f"{where}: a key of {len(key)} bytes; it must have 1 to {MAX_KEY}")
-        if name in keys:
-            raise UsageError(f"{where}: {name!r} has a key already")
-        keys[name] = key
-    if not keys:
-        raise UsageError(f"{path}: holds no key")
-    return keys
-
-
-def _read(path: str, *, secret: bool = False) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
-            raise UsageError(f"{path}: not a file of at most {MAX_FILE} bytes")
-        if secret and status.st_mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
-            mode = stat.S_IMODE(status.st_mode)
-            log.warning("%s: others have access to it (mode %o); chmod 600 keeps it secret", path, mode)
-        return file.read()
-
-
-def _need(path: str, text: str, mark: str) -> None:
-    if mark not in text:
-        raise UsageError(f"{path}: holds no {mark.strip('-').removeprefix('BEGIN ').lower()} in PEM")
 
 
 SHORT = {

@@ -181,7 +181,9 @@ def test_what_a_server_does_not_have(tmp_path: Path) -> None:
         assert result.stderr == (f"nbdbm: {uri}: no context 'nothing'; there are: base:allocation, {DIRTY}\n")
         assert "--force-share is for image files" in run(uri, "-U", status=1).stderr
     assert "cannot connect" in run(uri, status=1).stderr
-    assert "TLS" in run("nbds://localhost/", status=1).stderr
+    nowhere = "nbds://localhost:1/?tls-certificates=/nowhere"
+    result = run(nowhere, status=1)
+    assert result.stderr == f"nbdbm: {nowhere}: /nowhere/ca-cert.pem: No such file or directory\n"
 
 
 def test_types_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_map_of_nbd_server(tmp_path: Path, unused_port: int) -> None:
         ("nbd+unix:///?socket=/nowhere/at/all", "/nowhere/at/all"),
         ("nbd://127.0.0.1:1/", "127.0.0.1"),
         ("nbd+unix:///", "socket"),
-        ("nbds://127.0.0.1/", "TLS"),
+        ("nbds://127.0.0.1:1/", "connection refused"),
         ("http://127.0.0.1/", ""),
     ],
 )

@@ -18,7 +18,7 @@ from nbdbm.config import ServerConfig, TlsConfig
 from nbdbm.errors import NbdError, UsageError
 from nbdbm.peer import Peer
 from nbdbm.server.server import Server
-from nbdbm.server.tls import Credentials, KeyUpgrade, _names, parse_keys
+from nbdbm.server.tls import Credentials, KeyUpgrade, _names
 from tests.server.memimage import MemoryImage, WritableImage
 from tests.server.rawclient import RawClient
 from tests.server.running import run, running, until
@@ -162,30 +162,6 @@ class TestCertificates:
 
 
 class TestKeys:
-    def test_good(self) -> None:
-        text = "alice:00ff\n\nbob:aa:BB\n#c3bc:01\n"
-        assert parse_keys("f", text) == {"alice": b"\0\xff", "bob:aa": b"\xbb", "ü": b"\1"}
-
-    @pytest.mark.parametrize(
-        ("text", "error"),
-        [
-            ("alice:00\nbob\n", "line 2: not NAME:KEY"),
-            (":00\n", "line 1: not NAME:KEY"),
-            ("alice:0\n", "line 1: not hexadecimal"),
-            ("alice:secret\n", "line 1: not hexadecimal"),
-            ("#xy:00\n", "line 1: not hexadecimal"),
-            ("alice:\n", "line 1: a key of 0 bytes; it must have 1 to 256"),
-            ("alice:" + "00" * 257, "line 1: a key of 257 bytes; it must have 1 to 256"),
-            ("a:00\nb:00\na:01", "line 3: 'a' has a key already"),
-            ("\n", None),
-        ],
-    )
-    def test_bad(self, text: str, error: str | None) -> None:
-        with pytest.raises(UsageError) as caught:
-            parse_keys("keys.psk", text)
-        assert str(caught.value) == ("keys.psk: holds no key" if error is None else f"keys.psk: {error}")
-        assert "secret" not in str(caught.value)
-
     def test_python_without_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(ssl.SSLContext, "set_psk_server_callback", raising=False)
         with pytest.raises(UsageError, match=r"--tls-psk: needs Python 3\.13 or newer"):
