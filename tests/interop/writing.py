@@ -200,6 +200,7 @@ def connect(uri: str, *, structured: bool = True) -> Any:
     """An open libnbd connection."""
     h = libnbd.module().NBD()
     h.set_request_structured_replies(structured)
+    h.set_uri_allow_local_file(True)  # certificates
     h.connect_uri(uri)
     return h
 

@@ -60,6 +60,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
             "qemu-img",
             "qemu-io",
             "qemu-nbd",
+            "openssl",
             "fio",
             "nbdinfo",
             "nbdcopy",

@@ -34,6 +34,7 @@ def connect(nbd, options):
         h.set_request_extended_headers(options["structured"] and options["extended"])
     if hasattr(h, "set_pread_initialize"):
         h.set_pread_initialize(False)
+    h.set_uri_allow_local_file(True)  # certificates
     h.connect_uri(options["uri"])
     return h
 

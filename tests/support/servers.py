@@ -180,7 +180,7 @@ def nbdbm_on_tcp(
         )
     try:
         deadline = time.monotonic() + START_TIMEOUT
-        while not (found := re.match(r"nbd://127\.0\.0\.1:(\d+)/.*\n", log.read_text())):
+        while not (found := re.search(r"^nbds?://127\.0\.0\.1:(\d+)(?:/.*)?\n", log.read_text(), re.M)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ServerFailed(process.poll() or -1, log.read_text())
             time.sleep(0.01)
