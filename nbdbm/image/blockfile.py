@@ -44,7 +44,8 @@ class BlockFile(Protocol):
     path: str
     """How messages name it."""
     size: int
-    """Current length; bytes past it read as zeroes."""
+    """Length, as far as we know: it grows by what we write. Bytes past it read as zeroes; if the file ends
+    before it, somebody else has cut it, and reading what is gone is an error (EIO)."""
     writable: bool
 
     async def pread(self, offset: int, length: int) -> bytes:
@@ -270,9 +271,16 @@ class ThreadedFile:
         while done < len(view):
             count = os.preadv(self.fd, (view[done:],), offset + done)
             if not count:
+                if offset + done < self.size:
+                    raise self._cut()
                 fill_zeroes(view[done:])
                 return
             done += count
+
+    def _cut(self) -> OSError:
+        """Bytes that were there are gone: zeroes in their place would be wrong data, and a table of zeroes a
+        disk that seems empty."""
+        return OSError(errno.EIO, "has become shorter while it is in use", self.path)
 
     async def pread(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes; those past the end of the file are zeroes."""
@@ -298,6 +306,8 @@ class ThreadedFile:
             except OSError as error:
                 # ENXIO: no data from here to the end of the file. Others: the host cannot tell.
                 data_left = error.errno != errno.ENXIO
+                if not data_left and offset < self.size and os.lseek(self.fd, 0, os.SEEK_END) < self.size:
+                    raise self._cut() from error
                 if data_left and offset < self.size < end:
                     runs.append((True, self.size - offset))
                     offset = self.size
@@ -376,6 +386,8 @@ class ThreadedFile:
 
     async def truncate(self, size: int) -> None:
         """Set the length; growth reads as zeroes."""
+        # First, where it becomes shorter: who reads meanwhile what is going away gets zeroes, not an error.
+        self.size = min(self.size, size)
         await in_thread(os.ftruncate, self.fd, size)
         self.size = size
         self._unsynced = True

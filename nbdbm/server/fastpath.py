@@ -218,7 +218,7 @@ class FastPath:
             while not unsent and sent < length:
                 count = os.sendfile(self._sock.fileno(), fd, place + sent, length - sent)
                 if not count:
-                    break  # somebody has cut the file: zeroes, as everywhere
+                    break  # somebody has cut the file: an error, as everywhere
                 sent += count
         except OSError as error:
             # Mostly it takes no more. Real errors are left to the transport, which meets them with the rest.
@@ -257,6 +257,9 @@ class FastPath:
 
 
 def _read(fd: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from a file; zeroes past its end."""
-    while view and (count := os.preadv(fd, (view,), offset)):
+    """Fill ``view`` from a file that had it all a moment ago."""
+    while view:
+        count = os.preadv(fd, (view,), offset)
+        if not count:
+            raise OSError(errno.EIO, "the file has become shorter while it is in use")
         view, offset = view[count:], offset + count

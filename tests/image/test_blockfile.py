@@ -322,3 +322,38 @@ def test_one_thread_writes_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch
     assert most == 1
     assert path.read_bytes()[: 4 * len(parts[0]) + 7] == b"".join(parts) + b"smaller"
     file.close()
+
+
+# -- a file that somebody else makes shorter
+
+
+@pytest.mark.parametrize("nowait", [True, False])
+def test_bytes_that_somebody_cut_off_are_an_error(path: Path, nowait: bool) -> None:
+    async def main() -> None:
+        file = ThreadedFile.open(str(path))
+        file._nowait = nowait
+        os.truncate(path, 5000)
+        assert await read(file, 0, 5000) == CONTENT[:5000]
+        assert await file.pread(len(CONTENT), 100) == bytes(100), "never there"
+        for offset, length in ((4096, 2000), (8192, 100), (8192, len(CONTENT))):
+            with pytest.raises(OSError, match="shorter") as caught:
+                await file.pread(offset, length)
+            assert caught.value.errno == errno.EIO and caught.value.filename == str(path)
+            with pytest.raises(OSError, match="shorter"):
+                await file.data_runs(8192, length, 10)
+        file.close()
+
+    asyncio.run(main())
+
+
+def test_what_we_cut_off_ourselves_is_none(path: Path) -> None:
+    async def main() -> None:
+        file = ThreadedFile.open(str(path), writable=True)
+        await file.truncate(5000)
+        assert await file.pread(8192, 100) == bytes(100)
+        assert await file.data_runs(8192, 100, 10) == [(False, 100)]
+        await file.pwrite(9000, b"x")
+        assert await file.pread(8999, 3) == b"\0x\0"
+        file.close()
+
+    asyncio.run(main())

@@ -31,13 +31,16 @@ def test_results_and_errors_come_out_of_the_thread() -> None:
 def test_many_at_once_and_no_more() -> None:
     running = most = 0
     guard = threading.Lock()
+    full = threading.Event()
 
     def work(number: int) -> int:
         nonlocal running, most
         with guard:
             running += 1
             most = max(most, running)
-        time.sleep(0.005)
+            if running == IO_THREADS:
+                full.set()
+        full.wait(30)
         with guard:
             running -= 1
         return number
@@ -47,7 +50,7 @@ def test_many_at_once_and_no_more() -> None:
         assert await asyncio.gather(*(in_thread(work, n) for n in range(count))) == list(range(count))
 
     asyncio.run(run())
-    assert IO_THREADS // 2 < most <= IO_THREADS
+    assert most == IO_THREADS
     assert POOL.outstanding == 0
 
 
