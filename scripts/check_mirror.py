@@ -28,6 +28,7 @@ ELSEWHERE = {"interop", "support", "property", "fuzz", "crash", "soak", "data", 
 
 EXTRA = {
     "test_layers.py": "the project's own checks",
+    "test_security.py": "SECURITY.md",
     "test_bench.py": "scripts/bench.py and scripts/benchmark",
     "image/test_concurrency.py": "requests at the same time, through the whole engine",
     "image/test_reopen.py": "read-only to writable and back, through the whole engine",
