@@ -23,6 +23,11 @@ from nbdbm.uri import NbdUri
 
 log = logging.getLogger(__name__)
 
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 120, 30, 6
+"""A silent TCP client is asked after 120 seconds whether it is still there, and is gone after 6 questions
+without an answer, 30 seconds apart: five minutes, where the system's own settings take more than two hours.
+An outage of the network that is over sooner harms nobody."""
+
 BACKLOG = 4096
 """Clients that may wait to be accepted; the system's own limit (net.core.somaxconn) may be lower. With 128,
 a client that opened 256 connections at once to a Unix socket was refused some of them (EAGAIN)."""
@@ -304,6 +309,9 @@ def prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A client whose machine vanished must not keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
 _CREDENTIALS = struct.Struct("3i")

@@ -32,6 +32,10 @@ ACCEPT_PAUSE = 1.0
 CROWDED = 1.0
 """Seconds between two looks for room while all places are taken."""
 
+EVICT_NEXT = 0.05
+"""Seconds after which it is looked again once a client was sent away: one after the other, as long as
+somebody waits. At one a second, a thousand clients that say nothing keep all others out for minutes."""
+
 EVICT_AFTER = 5.0
 """Seconds that a client may take for its handshake while others wait for its place; honest ones take
 milliseconds, over a slow line and with a password typed in a second or two."""
@@ -139,6 +143,7 @@ class Server:
         self._crowded = None
         if self._accepting or self.closing:
             return
+        again = CROWDED
         now = asyncio.get_running_loop().time()
         idle = [each for each in self._connections if each.handshaking and now - each.begun > EVICT_AFTER]
         if idle and self._somebody_waits():
@@ -146,7 +151,8 @@ class Server:
             log.warning("%s: handshake cut off, others wait for its place", longest.peer)
             longest.account.end(Ending.TIME_OUT, "others waited for its place during the handshake")
             longest.cut_off("others wait for its place")
-        self._crowded = asyncio.get_running_loop().call_later(CROWDED, self._make_room)
+            again = EVICT_NEXT
+        self._crowded = asyncio.get_running_loop().call_later(again, self._make_room)
 
     def _somebody_waits(self) -> bool:
         poll = select.poll()

@@ -272,6 +272,12 @@ def test_prepare() -> None:
             prepare(sock)
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            # A vanished client is found out within five minutes.
+            idle, interval, count = (
+                sock.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + interval * count <= 300
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= before
             assert not sock.getblocking()
     listener.close()

@@ -307,6 +307,30 @@ class TestPlaces:
 
         run(main)
 
+    def test_hundreds_that_say_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They were first, and they stay: whoever comes after them waits for its turn, but gets it."""
+        monkeypatch.setattr(server_module, "EVICT_AFTER", 0.05)
+        monkeypatch.setattr(server_module, "EVICT_NEXT", 0.001)
+
+        async def main() -> None:
+            config = ServerConfig(max_connections=100)
+            async with running(MemoryImage(CONTENT), tmp_path, config) as (server, path):
+                silent = [socket.socket(socket.AF_UNIX) for _ in range(400)]
+                try:
+                    for sock in silent:
+                        sock.connect(path)
+                    client = await connected(path)
+                    client.read(1, 0, 5)
+                    assert (await client.reply()).data == b"xxxxx"
+                    assert server.connections <= 100
+                    await client.close()
+                finally:
+                    for sock in silent:
+                        sock.close()
+                await until(lambda: server.connections == 0)
+
+        run(main)
+
     def test_clients_past_the_handshake_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server_module, "EVICT_AFTER", 0.02)
         monkeypatch.setattr(server_module, "CROWDED", 0.01)

@@ -1,0 +1,153 @@
+"""Clients that break off, go on too long, or say too much: what of it counts, and when they are gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from nbdbm.config import ServerConfig
+from tests.server.memimage import MemoryImage, WritableImage
+from tests.server.rawclient import DISC, FLUSH, OPT_ABORT, OPT_GO, WRITE, RawClient, request
+from tests.server.running import connected, run, running, until
+
+CONTENT = bytes(range(256)) * 400
+
+
+def option(code: int, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack(">QII", 0x49484156454F5054, code, len(data) if length is None else length) + data
+
+
+LIST, LIST_META, UNKNOWN = 3, 9, 99
+
+DRIBBLES: dict[str, Iterable[bytes]] = {
+    "client_flags": [b"\0", b"\0", b"\0"],
+    "option_head": [bytes([byte]) for byte in option(LIST)[:15]],
+    "option_data": itertools.chain([option(LIST_META, length=1000)], itertools.repeat(b"\0")),
+    "large_option_data": itertools.chain([option(LIST_META, length=1 << 20)], itertools.repeat(b"\0" * 100)),
+    "refused_option_data": itertools.chain([option(UNKNOWN, length=1 << 24)], itertools.repeat(b"\0" * 100)),
+    "whole_options": itertools.repeat(option(UNKNOWN)),
+}
+"""What comes of a handshake in small pieces, for ever or up to a point."""
+
+
+@pytest.mark.parametrize("name", DRIBBLES)
+def test_a_slow_handshake_ends_in_time(tmp_path: Path, name: str) -> None:
+    """Neither bytes nor options that go on coming make its time longer."""
+
+    async def main() -> None:
+        config = ServerConfig(handshake_timeout=0.3)
+        async with running(MemoryImage(CONTENT), tmp_path, config) as (server, path):
+            quick = await connected(path)
+            reader, writer = await asyncio.open_unix_connection(path)
+            await reader.readexactly(18)
+            gone = asyncio.ensure_future(reader.read())
+            if name != "client_flags":
+                writer.write(struct.pack(">I", 3))
+            pieces = iter(DRIBBLES[name])
+            while not gone.done():
+                # 100 a second: were the time counted from the last of them, it would never be over.
+                with contextlib.suppress(StopIteration):
+                    writer.write(next(pieces))
+                await asyncio.sleep(0.01)
+            with contextlib.suppress(ConnectionError):
+                await gone
+            writer.close()
+            await until(lambda: server.connections == 1)
+            quick.read(1, 0, 256)
+            assert (await quick.reply()).data == CONTENT[:256]
+            await quick.close()
+
+    run(main)
+
+
+def test_nothing_after_the_goodbye_counts(tmp_path: Path) -> None:
+    """One packet: a write, DISC, and a write that must not happen."""
+
+    async def main() -> None:
+        image = WritableImage(CONTENT)
+        async with running(image, tmp_path) as (server, path):
+            client = await connected(path)
+            client.send(
+                request(WRITE, 1, 0, 4)
+                + b"good"
+                + request(DISC, 2)
+                + request(WRITE, 3, 512, 4)
+                + b"late"
+                + request(FLUSH, 4)
+            )
+            assert (await client.reply()).cookie == 1
+            assert await client.ended() == b""
+            await client.close()
+            await until(lambda: server.connections == 0)
+        assert image.changes == [("write", 0, 4)]
+
+    run(main)
+
+
+def test_nothing_after_abort_counts(tmp_path: Path) -> None:
+    async def main() -> None:
+        image = WritableImage(CONTENT)
+        async with running(image, tmp_path) as (server, path):
+            client = await RawClient.connect(path)
+            go = option(OPT_GO, struct.pack(">IH", 0, 0))
+            client.send(option(OPT_ABORT) + b"\xff" * 1000 + go + request(WRITE, 1, 0, 4) + b"late")
+            (kind, _) = struct.unpack(">II", (await client.reader.readexactly(20))[12:])
+            assert kind == 1
+            assert await client.ended() == b""
+            await client.close()
+            await until(lambda: server.connections == 0)
+        assert image.changes == []
+
+    run(main)
+
+
+def test_cookies_need_not_differ(tmp_path: Path) -> None:
+    """A client that numbers its requests badly hurts itself only: each is answered, and once."""
+
+    async def main() -> None:
+        image = WritableImage(CONTENT)
+        image.gate = asyncio.Event()
+        async with running(image, tmp_path) as (server, path):
+            client = await connected(path)
+            client.send(b"".join(request(WRITE, 7, 512 * at, 4) + b"same" for at in range(100)))
+            await until(lambda: server.budget.used > 0)
+            image.gate.set()
+            for _ in range(100):
+                reply = await client.reply()
+                assert (reply.cookie, reply.error) == (7, 0)
+            client.send(request(FLUSH, 8))
+            assert (await client.reply()).cookie == 8
+            await client.close()
+            await until(lambda: server.connections == 0)
+            assert server.budget.used == 0
+        assert sorted(image.changes) == [("write", 512 * at, 4) for at in range(100)]
+
+    run(main)
+
+
+@pytest.mark.parametrize("sent", [0, 1, 4095, 4096, 300_000])
+def test_a_reset_in_the_middle_of_a_payload(tmp_path: Path, sent: int) -> None:
+    """What did not come whole is not written, and what it took is given back."""
+
+    async def main() -> None:
+        image = WritableImage(bytes(1 << 20))
+        async with running(image, tmp_path) as (server, path):
+            client = await connected(path)
+            client.send(request(WRITE, 1, 0, 1 << 19) + b"x" * sent)
+            await client.writer.drain()
+            await asyncio.sleep(0.02)
+            sock = client.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.writer.transport.abort()
+            await until(lambda: server.connections == 0)
+            assert server.budget.used == 0
+        assert image.changes == []
+
+    run(main)
