@@ -65,6 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     "clientlink": {"errors", "nbd", "uri", "clienttls", "tunnel"},
     "clienttls": {"errors", "uri", "tlsfiles"},
     "control": {"errors", "server", "exports", "registry", "metrics", "peer"},
+    # A shell like ``cli``, with which it shares how images are opened and errors are told.
+    "nbdkit": {"errors", "config", "exports", "cli", "nbd.constants"},
     "cli": {
         "errors",
         "extents",

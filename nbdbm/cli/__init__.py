@@ -34,6 +34,7 @@ COMMANDS = {
     "create": "nbdbm.cli.create:create",
     "check": "nbdbm.cli.check:check",
     "completion": "nbdbm.cli.completion:completion",
+    "nbdkit-plugin": "nbdbm.cli.nbdkitplugin:nbdkit_plugin",
 }
 """Subcommand -> where it is: start-up time is what a backup script feels a hundred times a night."""
 

@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import pytest
 
-from tests.support import guest, imageio, libnbd, qemu
+from tests.support import guest, imageio, libnbd, nbdkit, qemu
 
 
 def requires(*peers: str) -> pytest.MarkDecorator:
@@ -80,5 +80,6 @@ PEERS: dict[str, Callable[[], str | None]] = {
     "imageio": imageio.missing,
     **{kernel: partial(guest.missing, suite) for kernel, suite in guest.KERNELS.items()},
     "libnbd": libnbd.missing,
+    "nbdkit-python": nbdkit.missing,
     "newer": qemu.newer_missing,
 }

@@ -1,0 +1,1 @@
+"""nbdkit: images served by nbdkit instead of our own server, through its Python plugin."""

@@ -1,0 +1,1 @@
+"""nbdkit with nbdbm inside."""
