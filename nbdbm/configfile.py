@@ -156,8 +156,11 @@ KEY_OF_OPTION = {"export-name": "name", "bitmap": "bitmaps"}
 """Where a key is called other than its option."""
 
 
-def load(path: str) -> ServeConfig:
-    """Read the file at ``path``; raises Mistakes, UsageError for what is no TOML, or OSError."""
+def load(path: str, tls: TlsConfig | None = None) -> ServeConfig:
+    """Read the file at ``path``; raises Mistakes, UsageError for what is no TOML, or OSError.
+
+    ``tls``, where the command line says something of it, goes before what the file says.
+    """
     with open(path, "rb") as file:
         raw = file.read(MAX_SIZE + 1)
     if len(raw) > MAX_SIZE:
@@ -173,15 +176,16 @@ def load(path: str) -> ServeConfig:
         raise UsageError(f"{path}: {error}") from error
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply") from error
-    return _Reader(path, text).config(document)
+    return _Reader(path, text, tls).config(document)
 
 
 class _Reader:
     """Collects the mistakes of one file."""
 
-    def __init__(self, path: str, text: str) -> None:
+    def __init__(self, path: str, text: str, tls: TlsConfig | None) -> None:
         self._path = path
         self._text = text
+        self._tls = tls
         self._base = os.path.dirname(os.path.abspath(path))
         self._mistakes: list[tuple[int, str]] = []
 
@@ -192,7 +196,8 @@ class _Reader:
                     (name,), "unknown; there are [listen], [tls], [server], [[export]] and [directory]"
                 )
         listen = self._made(("listen",), document.get("listen", {}), LISTEN, ListenConfig)
-        tls = self._made(("tls",), document.get("tls", {}), TLS, self._tls)
+        tls = self._made(("tls",), document.get("tls", {}), TLS, self._made_tls)
+        self._tls = tls = self._tls or tls
         server = self._made(("server",), document.get("server", {}), SERVER, ServerConfig)
         exports = self._exports(document.get("export", []))
         directory = None
@@ -215,7 +220,7 @@ class _Reader:
             server=server,
         )
 
-    def _tls(self, **fields: Any) -> TlsConfig:
+    def _made_tls(self, **fields: Any) -> TlsConfig:
         for name in ("certificates", "psk"):
             if fields.get(name):
                 fields[name] = os.path.join(self._base, fields[name])
@@ -248,7 +253,9 @@ class _Reader:
             self._mistake((*where, needed), "is missing", where)
         rules = {key: value for key, value in table.items() if key in ACCESS}
         rest = {key: value for key, value in table.items() if key not in ACCESS}
-        access = self._made(where, rules, ACCESS, Access)
+        access: Access | None = self._made(where, rules, ACCESS, Access)
+        if access is not None and self._tls is not None:
+            self._passable(where, access, self._tls)
 
         def build(**fields: Any) -> ExportConfig:
             for name in ("image", "backing_root"):
@@ -263,6 +270,18 @@ class _Reader:
             rest[needed] = "?"
         made: ExportConfig | None = self._made(where, rest, known, build, also=ACCESS)
         return made
+
+    def _passable(self, where: Path, access: Access, tls: TlsConfig) -> None:
+        """Rules that no client can ever pass are a mistake."""
+        if access.tls and not tls.enabled:
+            self._mistake((*where, "require-tls"), "TLS is off; [tls] with tls-certificates turns it on")
+        if access.subjects is None:
+            return
+        subjects = (*where, "allow-subjects")
+        if not tls.enabled:
+            self._mistake(subjects, "TLS is off; [tls] with tls-certificates and tls-verify-peer turns it on")
+        elif not tls.verify_peer and tls.psk is None:
+            self._mistake(subjects, "clients are not asked who they are; [tls] needs tls-verify-peer = true")
 
     def _made(
         self, where: Path, table: Any, keys: Keys, build: Callable[..., Any], also: Keys | None = None

@@ -45,6 +45,11 @@ max-connections-per-address = 3
 handshake-timeout = 2.5
 busy-poll = 0
 
+[tls]
+tls = "on"
+tls-certificates = "pki"
+tls-verify-peer = true
+
 [[export]]
 image = "vda.qcow2"
 name = "vda"
@@ -303,3 +308,37 @@ def test_tls_mistakes(tmp_path: Path) -> None:
     assert mistakes(tmp_path, image + "[tls]\ntls-verify-peer = 1") == [
         "line 4: tls.tls-verify-peer: must be true or false"
     ]
+
+
+RULES = "[[export]]\nimage = 'a'\nrequire-tls = true\nallow-subjects = ['CN=a']\n"
+
+
+def test_rules_that_no_client_could_pass(tmp_path: Path) -> None:
+    subjects = "TLS is off; [tls] with tls-certificates and tls-verify-peer turns it on"
+    off = [
+        "line 3: export.1.require-tls: TLS is off; [tls] with tls-certificates turns it on",
+        f"line 4: export.1.allow-subjects: {subjects}",
+    ]
+    assert mistakes(tmp_path, RULES) == off
+    assert mistakes(tmp_path, RULES + "[tls]\ntls = 'off'") == off
+    assert mistakes(tmp_path, RULES + "[tls]\ntls-certificates = 'pki'\n") == [
+        "line 4: export.1.allow-subjects: clients are not asked who they are; "
+        "[tls] needs tls-verify-peer = true"
+    ]
+    assert mistakes(tmp_path, "[directory]\npath = 'a'\nallow-subjects = []\n") == [
+        f"line 3: directory.allow-subjects: {subjects}"
+    ]
+    for tls in ("tls-psk = 'keys'", "tls-certificates = 'pki'\ntls-verify-peer = true"):
+        assert loaded(tmp_path, f"{RULES}[tls]\n{tls}").tls.required
+    assert not loaded(tmp_path, "[[export]]\nimage = 'a'\nrequire-tls = false").exports[0].access.tls
+
+
+def test_the_command_line_turns_tls_on_and_off(tmp_path: Path) -> None:
+    """What it says goes before the file, and the file's rules are judged by it."""
+    path = tmp_path / "c.toml"
+    path.write_text(RULES)
+    given = TlsConfig(mode="on", certificates="/pki", verify_peer=True)
+    assert load(str(path), given).tls == given
+    path.write_text(RULES + "[tls]\ntls-psk = 'keys'")
+    with pytest.raises(Mistakes, match="TLS is off"):
+        load(str(path), TlsConfig())

@@ -246,7 +246,7 @@ def serve(
         else:
             from nbdbm.configfile import load
 
-            config = load(file)
+            config = load(file, secured if given & {"tls", "tls_certificates", "tls_psk"} else None)
         server: dict[str, Any] = {
             "max_connections": max_connections,
             "max_connections_per_address": max_connections_per_address,
@@ -258,7 +258,7 @@ def serve(
             pid_file=pid_file,
             run=run_,
             listen=listen if listen.given or file is None else config.listen,
-            tls=secured if file is None or given & {"tls", "tls_certificates", "tls_psk"} else config.tls,
+            tls=secured if file is None else config.tls,
             server=replace(config.server, **chosen),
         )
 

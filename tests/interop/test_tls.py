@@ -382,6 +382,21 @@ def test_rules_of_each_export(
                 fails(other)
 
 
+def test_rules_for_tls_where_it_is_off(case: images.Case, pki: Pki, tmp_path: Path) -> None:
+    """One line, instead of an export that nobody can use; unless the command line turns TLS on."""
+    config = tmp_path / "nbdbm.toml"
+    config.write_text(f'[[export]]\nimage = "{case.path}"\nread-only = true\nrequire-tls = true\n')
+    serve = ["serve", "--config", config, "--socket", tmp_path / "s"]
+    done = servers.nbdbm_run(*serve)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"nbdbm: {config}: line 4: export.1.require-tls: "
+        "TLS is off; [tls] with tls-certificates turns it on\n"
+    )
+    done = servers.nbdbm_run(*serve, "--tls-certificates", pki.server, "--run", 'test "$uri"')
+    assert done.returncode == 0, done.stderr
+
+
 # -- new certificates
 
 
