@@ -14,9 +14,9 @@ from tests.support.marks import requires
 
 ROOT = walkthrough.ROOT
 
-pytestmark = [requires("qemu-img", "qemu-io", "qemu-nbd", "nbdcopy", "nbdinfo", "libnbd")]
+pytestmark = [requires("openssl", "qemu-img", "qemu-io", "qemu-nbd", "nbdcopy", "nbdinfo", "libnbd")]
 
-PAGES = {"README.md": 10, "docs/backup.md": 10, "docs/recovery.md": 20}
+PAGES = {"README.md": 10, "docs/backup.md": 10, "docs/recovery.md": 20, "docs/tls.md": 20}
 """The pages that can be followed in an empty directory, and about how many commands each has at least."""
 
 
