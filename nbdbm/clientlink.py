@@ -302,18 +302,24 @@ class Link(asyncio.BufferedProtocol):
         try:
             self._core.receive_eof()
         except NbdError as error:
-            self.give_up(str(error), error.errno)
+            self.give_up(str(error) + self._guess(), error.errno)
 
     def connection_lost(self, exc: Exception | None) -> None:
         number = (exc.errno if isinstance(exc, OSError) else None) or errno.ECONNRESET
-        text = os.strerror(number) if exc is not None else "the server closed the connection"
         if self._tunnel is not None and self._tunnel.fault:
             text = f"TLS: {self._tunnel.fault}"
-        elif self._tunnel is not None and not self._greeting.done():
-            # TLS 1.3: our part of the handshake ends before the server has judged our certificate.
-            text += " right after TLS's handshake; it may want a client's certificate, or another one"
+        else:
+            text = os.strerror(number) if exc is not None else "the server closed the connection"
+            text += self._guess()
         self.give_up(text, number)
         self._lost.set()
+
+    def _guess(self) -> str:
+        """What may be the matter if the connection ends now."""
+        if self._tunnel is None or self._greeting.done():
+            return ""
+        # TLS 1.3: our part of the handshake ends before the server has judged our certificate.
+        return ", right after TLS's; it may want a client's certificate, or another one"
 
     def pause_writing(self) -> None:
         self._writable.clear()

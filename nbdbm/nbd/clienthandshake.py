@@ -322,6 +322,8 @@ class ClientHandshake(Receiver):
         if option is Opt.STARTTLS:
             raise NbdError(f"the server refuses TLS: {_refusal(error, data)}")
         if self.state is ClientState.AGREEING:
+            if error == Rep.ERR_TLS_REQD:
+                raise NbdError("the server requires TLS: nbds:// or nbds+unix://")
             self._agreed(False, events)
             return
         if option is Opt.GO and error == Rep.ERR_UNSUP and not self.extended:

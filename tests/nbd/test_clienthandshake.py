@@ -400,6 +400,12 @@ class TestStartTls:
         with pytest.raises(NbdError, match=f"refuses TLS: {text}"):
             made.receive_data(rep(5, error, data))
 
+    def test_required_and_not_wanted(self) -> None:
+        made = ClientProtocol()
+        made.receive_data(GREETING)
+        with pytest.raises(NbdError, match="requires TLS"):
+            made.receive_data(rep(11, Rep.ERR_TLS_REQD))
+
     def test_server_without_options(self) -> None:
         with pytest.raises(NbdError, match="too old for TLS"):
             ClientProtocol(tls=True).receive_data(b"NBDMAGICIHAVEOPT\0\0")
