@@ -15,16 +15,9 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdbm.nbd.constants import (
-    EXTENDED_REQUEST_MAGIC,
-    IHAVEOPT,
-    OPTION_REPLY_MAGIC,
-    REQUEST_MAGIC,
-    Cmd,
-    Opt,
-    Rep,
-)
-from tests.support import images, libnbd, servers
+from nbdbm.nbd.constants import Cmd, CmdFlag, Opt, Rep
+from tests.interop.hostile import ALLOCATION, Peer, client, extended, option, queries, request
+from tests.support import images, servers
 from tests.support.marks import requires
 
 pytestmark = [requires("qemu-img", "qemu-io", "libnbd")]
@@ -33,92 +26,6 @@ MEMORY = 384 << 20
 """Bytes resident at the worst moment: what three connections may hold at once (64 MiB each, and as much in
 copies on their way out)."""
 
-
-class Peer:
-    """A client that says exactly what it is told to."""
-
-    def __init__(self, server: servers.Server, timeout: float = 20) -> None:
-        self.socket = server.connect(timeout)
-
-    def send(self, *pieces: bytes) -> None:
-        self.socket.sendall(b"".join(pieces))
-
-    def pour(self, data: bytes, seconds: float = 3) -> int:
-        """Send until the server takes no more for a while, or is gone; return how many bytes it took."""
-        self.socket.settimeout(seconds)
-        sent = 0
-        try:
-            while sent < len(data):
-                sent += self.socket.send(data[sent : sent + (1 << 20)])
-        except (TimeoutError, ConnectionError):
-            pass
-        return sent
-
-    def receive(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            piece = self.socket.recv(length - len(data))
-            if not piece:
-                raise ConnectionResetError(f"the server hung up after {len(data)} of {length} bytes")
-            data += piece
-        return data
-
-    def hung_up(self) -> bool:
-        """Whether the server ends this connection within the timeout, having read what was sent."""
-        try:
-            while self.socket.recv(1 << 16):
-                pass
-        except ConnectionError:
-            return True
-        except TimeoutError:
-            return False
-        return True
-
-    def greet(self, flags: int = 3) -> None:
-        assert self.receive(18)[:8] == b"NBDMAGIC"
-        self.send(struct.pack(">I", flags))
-
-    def reply(self) -> tuple[int, int, bytes]:
-        """One option reply: option, type, data."""
-        magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
-        assert magic == OPTION_REPLY_MAGIC
-        return option, kind, self.receive(length)
-
-    def final_reply(self) -> int:
-        """The type of the reply that ends an option."""
-        while True:
-            _, kind, _ = self.reply()
-            if kind == Rep.ACK or kind & 1 << 31:
-                return kind
-
-    def go(self, *options: tuple[int, bytes]) -> None:
-        """Negotiate ``options``, then enter transmission."""
-        self.greet()
-        for code, data in (*options, (Opt.GO, struct.pack(">IH", 0, 0))):
-            self.send(option(code, data))
-            assert self.final_reply() == Rep.ACK
-
-
-def option(code: int, data: bytes = b"", length: int | None = None) -> bytes:
-    return struct.pack(">QII", IHAVEOPT, code, len(data) if length is None else length) + data
-
-
-def request(kind: int, offset: int = 0, length: int = 0, cookie: int = 0, flags: int = 0) -> bytes:
-    return struct.pack(">IHHQQI", REQUEST_MAGIC, flags, kind, cookie, offset, length)
-
-
-def extended(kind: int, offset: int = 0, length: int = 0, cookie: int = 0, flags: int = 0) -> bytes:
-    return struct.pack(">IHHQQQ", EXTENDED_REQUEST_MAGIC, flags, kind, cookie, offset, length)
-
-
-def queries(*names: bytes) -> bytes:
-    """The data of a meta context option for the default export."""
-    return b"".join(
-        [struct.pack(">II", 0, len(names)), *(struct.pack(">I", len(name)) + name for name in names)]
-    )
-
-
-ALLOCATION = queries(b"base:allocation")
 
 Attack = Callable[[Callable[[], Peer]], None]
 ATTACKS: dict[str, Attack] = {}
@@ -246,6 +153,51 @@ def very_many_queries(peer: Callable[[], Peer]) -> None:
     one.pour(option(Opt.LIST_META_CONTEXT, queries(*[b"qemu:"] * 20_000)))
     one.pour(option(Opt.SET_META_CONTEXT, queries(*[b"base:allocation"] * 20_000)))
     one.final_reply()
+
+
+@attack
+def as_many_queries_as_may_be(peer: Callable[[], Peer]) -> None:
+    """One more is too many; with these, what is there is selected, and transmission begins."""
+    one = peer()
+    one.greet()
+    one.send(option(Opt.STRUCTURED_REPLY))
+    assert one.final_reply() == Rep.ACK
+    names = [b"qemu:dirty-bitmap:%d" % number for number in range(4096)]
+    one.send(option(Opt.SET_META_CONTEXT, queries(b"base:allocation", *names)))
+    assert one.final_reply() == Rep.ERR_TOO_BIG
+    one.send(option(Opt.SET_META_CONTEXT, queries(b"base:allocation", *names[1:])))
+    assert one.reply() == (Opt.SET_META_CONTEXT, Rep.META_CONTEXT, bytes(4) + b"base:allocation")
+    assert one.final_reply() == Rep.ACK
+    one.send(option(Opt.GO, struct.pack(">IH", 0, 0)))
+    assert one.final_reply() == Rep.ACK
+    one.send(request(Cmd.BLOCK_STATUS, 0, 65536, cookie=3))
+    assert one.chunk()[:3] == (1, 5, 3)
+
+
+@attack
+def option_data_without_end(peer: Callable[[], Peer]) -> None:
+    """Politely, each answered: until it is enough."""
+    one = peer()
+    one.greet()
+    answered = 0
+    with contextlib.suppress(ConnectionError):
+        while answered < 1000:
+            one.send(option(Opt.LIST_META_CONTEXT, bytes(1 << 20)))
+            one.final_reply()
+            answered += 1
+    assert answered == 32
+
+
+@attack
+def garbage_after_the_end(peer: Callable[[], Peer]) -> None:
+    one = peer()
+    one.greet()
+    one.send(option(Opt.ABORT), random.Random(2).randbytes(50_000))
+    assert one.hung_up()
+    two = peer()
+    two.go()
+    two.pour(request(Cmd.DISC) + request(Cmd.READ, 0, 512) * 10_000)
+    assert two.hung_up()
 
 
 @attack
@@ -377,6 +329,70 @@ def extended_lengths_that_wrap(peer: Callable[[], Peer]) -> None:
 
 
 @attack
+def one_cookie_for_all(peer: Callable[[], Peer]) -> None:
+    """With extended headers too, whose replies repeat the offsets of requests."""
+    one = peer()
+    one.go()
+    one.send(request(Cmd.READ, 0, 512, cookie=9) * 100)
+    for _ in range(100):
+        assert struct.unpack(">IIQ", one.receive(16 + 512)[:16]) == (0x67446698, 0, 9)
+    two = peer()
+    two.go((Opt.EXTENDED_HEADERS, b""), (Opt.SET_META_CONTEXT, ALLOCATION))
+    two.send(*(extended(Cmd.BLOCK_STATUS, 512 * at, 512, cookie=9) for at in range(100)))
+    two.send(extended(Cmd.READ, 0, 512, cookie=10))
+    done = [cookie for flags, _, cookie, _ in (two.extended_chunk() for _ in range(101)) if flags & 1]
+    assert sorted(done) == [9] * 100 + [10]
+
+
+@attack
+def requests_about_nothing(peer: Callable[[], Peer]) -> None:
+    """Length 0, at the beginning, at the end and beyond: answered, whatever the answer, and in step."""
+    one = peer()
+    one.go()
+    for kind in (Cmd.READ, Cmd.CACHE, Cmd.BLOCK_STATUS, Cmd.FLUSH, Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES):
+        for offset in (0, 8 << 20, 1 << 40, 0xFFFFFFFFFFFFFFFF):
+            one.send(request(kind, offset, 0, cookie=offset))
+            assert struct.unpack(">IxxxxQ", one.receive(16)) == (0x67446698, offset)
+    two = peer()
+    two.go((Opt.EXTENDED_HEADERS, b""), (Opt.SET_META_CONTEXT, ALLOCATION))
+    for kind in (Cmd.READ, Cmd.CACHE, Cmd.BLOCK_STATUS, Cmd.FLUSH, Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES):
+        for flags in (0, CmdFlag.PAYLOAD_LEN):
+            two.send(extended(kind, 0, 0, cookie=kind, flags=flags))
+            assert two.extended_chunk()[2] == kind
+
+
+@attack
+def payloads_nobody_asked_for(peer: Callable[[], Peer]) -> None:
+    """Commands that have none come with one: it is skipped, and the command refused."""
+    one = peer()
+    one.go((Opt.EXTENDED_HEADERS, b""), (Opt.SET_META_CONTEXT, ALLOCATION))
+    payload = extended(Cmd.DISC) * 200
+    for kind in (Cmd.READ, Cmd.CACHE, Cmd.FLUSH, Cmd.TRIM, Cmd.WRITE_ZEROES, Cmd.BLOCK_STATUS, 0x1234):
+        one.send(extended(kind, 0, len(payload), cookie=kind, flags=CmdFlag.PAYLOAD_LEN), payload)
+        _, reply, cookie, data = one.extended_chunk()
+        assert (reply, cookie) == (0x8001, kind)
+        assert struct.unpack_from(">I", data)[0] in (1, 22)  # EPERM, EINVAL
+    one.send(extended(Cmd.READ, 0, 512, cookie=99))
+    assert one.extended_chunk()[2] == 99
+
+
+@attack
+def block_status_of_everything_and_more(peer: Callable[[], Peer]) -> None:
+    """Effect lengths up to 2**64 - 1, in the header and in a payload."""
+    one = peer()
+    one.go((Opt.EXTENDED_HEADERS, b""), (Opt.SET_META_CONTEXT, ALLOCATION))
+    for length in (1 << 63, (1 << 63) - 1, (1 << 64) - 1, (1 << 64) - 4096, 1 << 40):
+        for offset in (0, 4096, 1 << 63):
+            one.send(extended(Cmd.BLOCK_STATUS, offset, length, cookie=5))
+            _, kind, cookie, _ = one.extended_chunk()
+            assert cookie == 5 and kind in (6, 0x8001)
+            head = extended(Cmd.BLOCK_STATUS, offset, 12, cookie=6, flags=CmdFlag.PAYLOAD_LEN)
+            one.send(head, struct.pack(">QI", length, 0))
+            _, kind, cookie, _ = one.extended_chunk()
+            assert cookie == 6 and kind in (6, 0x8001)
+
+
+@attack
 def huge_block_status_payload(peer: Callable[[], Peer]) -> None:
     one = peer()
     one.go((Opt.EXTENDED_HEADERS, b""), (Opt.SET_META_CONTEXT, ALLOCATION))
@@ -417,9 +433,8 @@ def hanging_up_before_the_replies(peer: Callable[[], Peer]) -> None:
         one = peer()
         one.go()
         one.send(request(Cmd.READ, 0, 1 << 20) * 20)
-        # Reset, not a polite end: the server learns of it while sending.
-        one.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        one.socket.close()
+        # Not a polite end: the server learns of it while sending.
+        one.reset()
 
 
 @attack
@@ -469,7 +484,7 @@ def test_attack(gallery: images.Gallery, name: str) -> None:
         files = server.open_files()
 
         def peer() -> Peer:
-            one = Peer(server)
+            one = Peer(server.connect(20))
             stack.callback(one.socket.close)
             return one
 
@@ -493,10 +508,3 @@ def test_attack(gallery: images.Gallery, name: str) -> None:
         assert early.pread(512, 0) == content[:512]
         early.shutdown()
         assert "Traceback" not in server.output()
-
-
-def client(server: servers.Server):  # type: ignore[no-untyped-def]
-    """A good client."""
-    h = libnbd.module().NBD()
-    h.connect_uri(server.uri)
-    return h
