@@ -12,7 +12,7 @@ FUZZ_STAMP := $(VENV)/.installed-fuzz
 PEERS_STAMP := $(VENV)/.installed-peers
 COMPILED   := nbdbm/_speed.abi3.so
 
-.PHONY: help demo test soak unit interop peers bench growth bench-doc man picture fuzz lint format types clean
+.PHONY: help demo test soak unit interop peers bench growth bench-doc man deb picture fuzz lint format types clean
 
 help:
 	@sed -n 's/^## *//p' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ bench-doc: $(DEV_STAMP)
 ## make man        the manual pages, into build/man
 man: $(USER_STAMP)
 	$(BIN)/python -m scripts.manpages build/man
+
+## make deb       a Debian package with all that it needs, into dist
+deb: $(USER_STAMP)
+	$(BIN)/python -m scripts.deb dist
 
 ## make picture   the picture in docs/architecture.md, from the imports of the package
 picture: $(BIN)/python
