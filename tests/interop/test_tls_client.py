@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from urllib.parse import quote
 
@@ -134,3 +135,43 @@ def test_our_own(gallery: images.Gallery, pki: Pki, unused_port: int) -> None:
                 servers.nbdbm_run("map", *form, target, check=True).stdout for target in (uri, plain.uri)
             ]
             assert found[0].replace(uri, plain.uri) == found[1]
+
+
+CONNECT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from nbdbm.client import NbdClient
+async def main():
+    async with await NbdClient.connect(sys.argv[2], timeout=20) as client:
+        print(client.size)
+try:
+    asyncio.run(main())
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_key_instead_of_certificates(pki: Pki, tmp_path: Path) -> None:
+    """With Debian 13's Python. Who has no such key is not believed, whatever certificate it shows."""
+    tools = qemu.newer()
+    for name, key in (("keys", "00112233445566778899aabbccddeeff"), ("wrong", "ff" * 16)):
+        (tmp_path / name).write_text(f"alice:{key}\n")
+        (tmp_path / name).chmod(0o600)
+    found = {}
+    for kind in (f"--tls-psk={tmp_path}/keys", f"--tls-certificates={pki.server}"):
+        with servers.started(
+            lambda path, kind=kind: nbdkit("-U", path, "--tls=require", kind, "memory", "1M")
+        ) as s:  # type: ignore[misc]
+            for name in ("keys", "wrong"):
+                uri = f"nbds+unix://alice@/?socket={s.socket}&tls-psk-file={tmp_path}/{name}"
+                done = subprocess.run(
+                    [*tools.python(), "-c", CONNECT, str(Path(__file__).parents[2]), uri],
+                    env=tools.python_environment(),
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    check=False,
+                )
+                found[kind[:9], name] = done.stdout.removeprefix(f"{uri}: ")
+    assert found.pop(("--tls-psk", "keys")) == "1048576\n"
+    assert len(found) == 3 and all(text.startswith("TLS: ") for text in found.values()), found
