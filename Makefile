@@ -106,8 +106,9 @@ $(DEV_STAMP): pyproject.toml setup.py nbdbm/_speed.c | $(BIN)/python
 	@touch $@ $(USER_STAMP)
 
 # After the Debian peers, which include a compiler.
-$(PEERS_STAMP): $(DEV_STAMP) | peers
+$(PEERS_STAMP): $(DEV_STAMP) scripts/newer_python.sh | peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	scripts/newer_python.sh $(BIN)/python
 	@touch $@
 
 $(FUZZ_STAMP): $(DEV_STAMP)

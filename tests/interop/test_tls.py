@@ -447,6 +447,49 @@ def test_bad_new_certificates_change_nothing(case: images.Case, pki: Pki, tmp_pa
         qemu.SYSTEM.run("nbdinfo", "--size", uri_of(server, pki.anonymous))
 
 
+# -- pre-shared keys
+
+
+@requires("python3.13")
+def test_pre_shared_keys(
+    tools: qemu.Tools, gallery: images.Gallery, case: images.Case, tmp_path: Path
+) -> None:
+    """By Debian 13's Python: the right key gets in, another key or another name for it does not."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for place, text in ((good, f"alice:{'ab' * 32}\nbob:{'12' * 32}\n"), (bad, f"alice:{'cd' * 32}\n")):
+        place.mkdir()
+        (place / "keys.psk").write_text(text)
+        (place / "keys.psk").chmod(0o600)
+    with (bad / "keys.psk").open("a") as file:
+        file.write(f"mallory:{'ab' * 32}\n")
+    config = tmp_path / "nbdbm.toml"
+    export = f'[[export]]\nimage = "{case.path}"\nread-only = true\n'
+    config.write_text(
+        f'[tls]\ntls-psk = "{good}/keys.psk"\n{export}name = "disk"\n'
+        f'{export}name = "bobs"\nallow-subjects = ["bob"]\n'
+    )
+    words, environment = qemu.nbdbm_by_newer_python()
+    argv = [*words, "serve", "--config", str(config), "--socket"]
+    with servers.started(lambda path: [*argv, path], environment=environment) as server:
+
+        def ends(who: str, place: Path, export: str = "disk") -> tuple[int, int]:
+            uri = f"nbds+unix://{who}@/{export}?socket={server.socket}&tls-psk-file={place}/keys.psk"
+            secret = f"tls-creds-psk,id=tls0,dir={place},username={who},endpoint=client"
+            node = f"driver=nbd,server.type=unix,server.path={server.socket},tls-creds=tls0,export={export}"
+            copy = tools.argv("nbdcopy", uri, tmp_path / "copy")
+            info = tools.argv("qemu-img", "info", "--object", secret, "--image-opts", node)
+            first, second = qemu.run(copy, check=False), qemu.run(info, check=False)
+            return first.returncode, second.returncode
+
+        assert ends("alice", good) == (0, 0), server.output()
+        assert digest(tmp_path / "copy") == gallery.expected(case)
+        assert ends("bob", good, "bobs") == (0, 0), server.output()
+        for refused in (ends("alice", good, "bobs"), ends("alice", bad), ends("mallory", bad)):
+            assert 0 not in refused, server.output()
+        assert "(TLSv1.3, alice): export 'disk'" in server.output()
+        assert servers.stop(server.process) == 0 and "Traceback" not in server.output(), server.output()
+
+
 # -- what is not TLS
 
 

@@ -82,4 +82,5 @@ PEERS: dict[str, Callable[[], str | None]] = {
     "libnbd": libnbd.missing,
     "nbdkit-python": nbdkit.missing,
     "newer": qemu.newer_missing,
+    "python3.13": qemu.newer_python_missing,
 }

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -130,6 +131,24 @@ def newer_missing() -> str | None:
     if done.returncode != 0:
         return f"the programs at {place} do not run here: {done.stderr.strip()}"
     return None
+
+
+PYTHON_313 = Path(sys.prefix) / "python3.13"
+"""What nbdbm needs for the newer generation's Python (scripts/newer_python.sh)."""
+
+
+def newer_python_missing() -> str | None:
+    """Why nbdbm cannot be run by Python 3.13, or None if it can."""
+    reason = newer_missing()
+    if reason is None and not (PYTHON_313 / "click").exists():
+        reason = f"what Python 3.13 needs is not at {PYTHON_313} (scripts/newer_python.sh puts it there)"
+    return reason
+
+
+def nbdbm_by_newer_python() -> tuple[list[str], dict[str, str]]:
+    """How to run nbdbm by Python 3.13: words, and what they need in the environment."""
+    environment = newer().python_environment() | {"PYTHONPATH": f"{PYTHON_313}{os.pathsep}{ROOT}"}
+    return [*newer().python(), "-m", "nbdbm"], environment
 
 
 @cache

@@ -109,7 +109,11 @@ def _address_space(limit: int | None) -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def started(
-    argv: Callable[[str], Sequence[str]], *, export: str = "", address_space: int | None = None
+    argv: Callable[[str], Sequence[str]],
+    *,
+    export: str = "",
+    address_space: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run ``argv(socket path)`` until the block ends; yields once it can be connected to.
 
@@ -128,7 +132,7 @@ def started(
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=qemu.environment(),
+                env=environment or qemu.environment(),
                 preexec_fn=_address_space(address_space),
             )
         stack.callback(stop, process)
