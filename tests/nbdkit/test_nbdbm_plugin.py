@@ -149,6 +149,33 @@ def test_exactly_what_was_touched_is_dirty(case: images.Case) -> None:
     ]
 
 
+def test_the_last_client_leaves_the_bitmaps_stored(case: images.Case) -> None:
+    """While nbdkit goes on; and for the next client they record again."""
+    with nbdkit.serving(f"image={case.path}") as server:
+        for number in range(2):
+            one, two = connect(server.uri), connect(server.uri)
+            one.pwrite(b"x", number * MIB)
+            one.shutdown()
+            two.pwrite(b"y", number * MIB + 64 * KIB)
+            assert all("in-use" in flags for _, flags in bitmaps(case.path).values())
+            two.shutdown()
+            deadline = time.monotonic() + 20
+            while _has_open(server, case.path):
+                assert time.monotonic() < deadline, "nobody is left, and the image is open"
+                time.sleep(0.02)
+            assert not any("in-use" in flags for _, flags in bitmaps(case.path).values())
+            wanted = {at for n in range(number + 1) for at in (n * 16, n * 16 + 1)}
+            assert dirty_by_qemu(case)["coarse"] == wanted
+
+
+def _has_open(server: servers.Server, path: Path) -> bool:
+    for descriptor in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(descriptor) == str(path):
+                return True
+    return False
+
+
 def test_zeroes_and_trims_become_holes_unless_told_otherwise(case: images.Case) -> None:
     nbd = libnbd.module()
     with nbdkit.serving(f"image={case.path}") as server:
