@@ -120,6 +120,8 @@ class ServerConfig:
     """Seconds that requests in progress get to finish when the server ends."""
     busy_poll: float = DEFAULT_BUSY_POLL / 1e6
     """Seconds that the next request of a lone client is awaited without sleeping, see server/busypoll.py."""
+    metrics: str | None = None
+    """``ADDR:PORT``, ``:PORT`` or ``PORT`` where Prometheus is answered."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.busy_poll <= MAX_BUSY_POLL / 1e6:
@@ -136,6 +138,8 @@ class ServerConfig:
             raise BadValue(
                 "handshake-timeout", f" {self.handshake_timeout:g}: must be more than 0, up to 3600 s"
             )
+        if self.metrics is not None:
+            host_and_port("metrics", self.metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +268,18 @@ class ServeConfig:
             names.add(export.name)
         if self.run is not None and not self.run.strip():
             raise BadValue("run", ": the command is empty")
+
+
+def host_and_port(option: str, text: str) -> tuple[str, int]:
+    """The two of ``ADDR:PORT``; without an address it is this machine's own loop."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535):
+        raise BadValue(option, f" {text}: must be ADDR:PORT or PORT, and a port is a number from 0 to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise BadValue(option, f" {text}: an IPv6 address is written in brackets, as [::1]:{port}")
+    return host or DEFAULT_HOST, int(port)
 
 
 def check_socket_path(path: str) -> None:

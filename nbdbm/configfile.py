@@ -117,6 +117,7 @@ SERVER: Keys = {
     "max-connections-per-address": ("max_connections_per_address", _whole),
     "handshake-timeout": ("handshake_timeout", _number),
     "busy-poll": ("busy_poll", _micro),
+    "metrics": ("metrics", _text),
 }
 TLS: Keys = {
     "tls": ("mode", _text),

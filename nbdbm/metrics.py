@@ -141,6 +141,8 @@ class Metrics:
         """Connections."""
         self.refused = 0
         """Connections that were not let in, and are not among those accepted."""
+        self.ends: Counter[str] = Counter()
+        """Connections that have ended, by how."""
         self.handshake_failures: Counter[str] = Counter()
         """Handshakes that came to nothing, by kind: an Ending, or UNKNOWN_EXPORT."""
 

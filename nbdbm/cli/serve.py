@@ -179,6 +179,9 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--tls-psk", type=FILE, metavar="FILE", help="Pre-shared keys, lines NAME:HEX, instead of certificates."
 )
+@click.option(
+    "--metrics", metavar="[ADDR:]PORT", help="Answer Prometheus here; on this machine only without ADDR."
+)
 @click.option("--pid-file", type=FILE, metavar="FILE", help="Hold the process ID here while serving.")
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
@@ -212,6 +215,7 @@ def serve(
     tls_certificates: str | None,
     tls_verify_peer: bool,
     tls_psk: str | None,
+    metrics: str | None,
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
@@ -251,6 +255,7 @@ def serve(
             "max_connections": max_connections,
             "max_connections_per_address": max_connections_per_address,
             "busy_poll": busy_poll / 1e6,
+            "metrics": metrics,
         }
         chosen = {name: value for name, value in server.items() if file is None or name in given}
         return replace(

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -36,6 +36,7 @@ async def run(
     config: ServeConfig, environ: MutableMapping[str, str], again: Callable[[], ServeConfig]
 ) -> int:
     """Serve as configured until the end; return the exit status. ``again`` reads the configuration anew."""
+    from nbdbm.cli.observers import observed
     from nbdbm.registry import ExportRegistry
     from nbdbm.server.listener import notify
     from nbdbm.server.server import Server
@@ -45,7 +46,9 @@ async def run(
     server = Server(registry, config.server)
     _use_tls(server, config.tls)
     _on_signals(stop, server)
-    with _bound(config, environ) as listeners:
+    async with AsyncExitStack() as stack:
+        listeners = stack.enter_context(_bound(config, environ))
+        places = await stack.enter_async_context(observed(config.server, server))
         for listener in listeners:
             if listener.exposed and not config.tls.required:
                 log.warning(
@@ -60,7 +63,7 @@ async def run(
             await _open(slots, or_else=config.file is not None)
             await server.start(listeners)
             with _pid_file(config.pid_file), _Reloads(config, again, server, registry, environ):
-                _report(config, registry, listeners)
+                _report(config, registry, listeners, places)
                 notify(environ.get("NOTIFY_SOCKET"), f"READY=1\nMAINPID={os.getpid()}")
                 status = 0
                 if config.run is not None:
@@ -174,6 +177,8 @@ class _Reloads:
             return  # there is nothing else that could have changed
         if new.listen != old.listen:
             log.warning("%s: [listen] has changed, which needs a restart", new.file)
+        if new.server.metrics != old.server.metrics:
+            log.warning("%s: metrics has changed, which needs a restart", new.file)
         self._server.reconfigure(new.server)
         if new.directory != old.directory:
             self._registry.directory = directory
@@ -274,8 +279,10 @@ def _pid_file(path: str | None) -> Iterator[None]:
                 os.unlink(path)
 
 
-def _report(config: ServeConfig, registry: ExportRegistry, listeners: list[Listener]) -> None:
-    """Say what is served where, on stdout, unless ``--run`` has that."""
+def _report(
+    config: ServeConfig, registry: ExportRegistry, listeners: list[Listener], places: list[str]
+) -> None:
+    """Say what is served where, and ``places`` to watch it, on stdout, unless ``--run`` has that."""
     if config.run is not None:
         return
     lines = []
@@ -284,7 +291,8 @@ def _report(config: ServeConfig, registry: ExportRegistry, listeners: list[Liste
         if slot.export is not None:
             lines += [f"context: {printable(name)}" for name in slot.export.info.contexts]
     # Of a directory, or with nothing to serve yet: where it is, at least.
-    _say("\n".join(lines or [str(_uri(listener, "", config)) for listener in listeners]))
+    lines = lines or [str(_uri(listener, "", config)) for listener in listeners]
+    _say("\n".join([*lines, *places]))
 
 
 def _uri(listener: Listener, name: str, config: ServeConfig) -> NbdUri:

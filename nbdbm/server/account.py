@@ -82,6 +82,7 @@ class Account:
             return
         self._closed = True
         ending = self._ending or Ending.DISCONNECTED
+        self._metrics.ends[ending.value] += 1
         seconds = time.monotonic() - self.began
         fields: dict[str, object] = {
             "client": str(peer),

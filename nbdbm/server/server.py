@@ -93,6 +93,11 @@ class Server:
         return len(self._connections)
 
     @property
+    def serving(self) -> bool:
+        """Whether clients are let in, or would be if there were room."""
+        return bool(self._listeners) and not self.closing
+
+    @property
     def clients(self) -> Iterable[NbdConnection]:
         """Their connections."""
         return self._connections

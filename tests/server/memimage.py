@@ -10,6 +10,7 @@ from typing import Any
 from nbdbm.errors import BitmapError
 from nbdbm.image.image import Run
 from nbdbm.image.read import FILLED, LATER, ZEROES
+from nbdbm.metrics import BitmapFigures, CacheFigures
 
 CLUSTER = 65536
 
@@ -39,6 +40,9 @@ class MemoryImage:
 
     ``gate``: reads wait for it. ``failures``: offset -> the exception that a read covering it raises.
     """
+
+    bitmaps: Sequence[BitmapFigures] = ()
+    caches: Sequence[CacheFigures] = ()
 
     def __init__(
         self,
