@@ -44,6 +44,7 @@ max-connections = 7
 max-connections-per-address = 3
 handshake-timeout = 2.5
 busy-poll = 0
+metrics = "127.0.0.1:9100"
 
 [tls]
 tls = "on"
@@ -91,7 +92,11 @@ def test_every_key(tmp_path: Path) -> None:
         socket="/run/nbdbm.sock", socket_mode=0o660, socket_owner="root:disk"
     )
     assert config.server == ServerConfig(
-        max_connections=7, max_connections_per_address=3, handshake_timeout=2.5, busy_poll=0
+        max_connections=7,
+        max_connections_per_address=3,
+        handshake_timeout=2.5,
+        busy_poll=0,
+        metrics="127.0.0.1:9100",
     )
     assert config.exports == (
         ExportConfig(
