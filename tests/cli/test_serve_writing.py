@@ -47,7 +47,7 @@ def command(*words: object) -> str:
 
 
 def argv(image: object, *options: object) -> list[str]:
-    return [sys.executable, "-m", "nbdbm", "serve", *map(str, options), str(image)]
+    return [sys.executable, "-m", "nbdbm", "serve", "-q", *map(str, options), str(image)]
 
 
 def listed(image: Path, *options: str) -> dict[str, dict[str, Any]]:
