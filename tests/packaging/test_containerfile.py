@@ -54,9 +54,11 @@ def test_the_program_has_this_entry_point_and_these_options() -> None:
     assert program in scripts
     assert f"/opt/nbdbm/bin/{program} /usr/local/bin/{program}" in " ".join(r for _, r in instructions())
     command, *words = json.loads(said("CMD"))
-    found = main.get_command(click.Context(main), command)
+    # As the program has it: click remembers what the options for help are called.
+    above = click.Context(main, **main.context_settings)
+    found = main.get_command(above, command)
     assert found is not None
-    context = found.make_context(command, ["--read-only", *words], resilient_parsing=True)
+    context = found.make_context(command, list(words), above, resilient_parsing=True)
     assert context.params["bind"] == "0.0.0.0"
     assert str(context.params["directory"]) == said("VOLUME") == said("WORKDIR")
     assert said("EXPOSE") == str(DEFAULT_PORT)
