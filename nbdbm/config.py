@@ -122,6 +122,8 @@ class ServerConfig:
     """Seconds that the next request of a lone client is awaited without sleeping, see server/busypoll.py."""
     metrics: str | None = None
     """``ADDR:PORT``, ``:PORT`` or ``PORT`` where Prometheus is answered."""
+    control: str | None = None
+    """Path of a Unix socket that answers ``nbdbm status``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.busy_poll <= MAX_BUSY_POLL / 1e6:
@@ -140,6 +142,8 @@ class ServerConfig:
             )
         if self.metrics is not None:
             host_and_port("metrics", self.metrics)
+        if self.control is not None:
+            check_socket_path(self.control, "control")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,22 +286,22 @@ def host_and_port(option: str, text: str) -> tuple[str, int]:
     return host or DEFAULT_HOST, int(port)
 
 
-def check_socket_path(path: str) -> None:
+def check_socket_path(path: str, option: str = "socket") -> None:
     """Refuse a path that no Unix socket can have."""
     if not path:
-        raise BadValue("socket", ": the path is empty")
+        raise BadValue(option, ": the path is empty")
     if path.startswith("@"):
         raise BadValue(
-            "socket",
+            option,
             f" {path}: abstract sockets are not supported, they have neither owner nor mode; "
             f"a file of that name is ./{path}",
         )
     if "\0" in path:
-        raise BadValue("socket", ": the path holds a zero byte")
+        raise BadValue(option, ": the path holds a zero byte")
     length = len(os.fsencode(path))
     if length > MAX_SOCKET_PATH:
         raise BadValue(
-            "socket", f" {path}: the path has {length} bytes, a Unix socket's has at most {MAX_SOCKET_PATH}"
+            option, f" {path}: the path has {length} bytes, a Unix socket's has at most {MAX_SOCKET_PATH}"
         )
 
 

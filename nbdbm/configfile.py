@@ -118,6 +118,7 @@ SERVER: Keys = {
     "handshake-timeout": ("handshake_timeout", _number),
     "busy-poll": ("busy_poll", _micro),
     "metrics": ("metrics", _text),
+    "control": ("control", _text),
 }
 TLS: Keys = {
     "tls": ("mode", _text),

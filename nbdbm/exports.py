@@ -124,6 +124,11 @@ class Export:
         )
 
     @property
+    def read_only(self) -> bool:
+        """Whether clients may only read."""
+        return bool(self.info.flags & TransmissionFlag.READ_ONLY)
+
+    @property
     def bitmaps(self) -> Sequence[BitmapFigures]:
         """Every bitmap of the image as it is now, those that are not served too; nothing is loaded for it."""
         return self._image.bitmaps
@@ -141,7 +146,7 @@ class Export:
     @property
     def try_send(self) -> Callable[[int, int], tuple[int, int] | None] | None:
         """``Image.try_send``: (offset, length) -> (descriptor, place); None: nothing is sent so."""
-        return self._image.try_send if self.info.flags & TransmissionFlag.READ_ONLY else None
+        return self._image.try_send if self.read_only else None
 
     @property
     def try_write(self) -> Callable[[int, memoryview], bool]:

@@ -45,6 +45,7 @@ max-connections-per-address = 3
 handshake-timeout = 2.5
 busy-poll = 0
 metrics = "127.0.0.1:9100"
+control = "/run/nbdbm.control"
 
 [tls]
 tls = "on"
@@ -97,6 +98,7 @@ def test_every_key(tmp_path: Path) -> None:
         handshake_timeout=2.5,
         busy_poll=0,
         metrics="127.0.0.1:9100",
+        control="/run/nbdbm.control",
     )
     assert config.exports == (
         ExportConfig(

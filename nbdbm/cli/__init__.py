@@ -33,6 +33,7 @@ COMMANDS = {
     "resize": "nbdbm.cli.resize:resize",
     "create": "nbdbm.cli.create:create",
     "check": "nbdbm.cli.check:check",
+    "status": "nbdbm.cli.status:status",
     "completion": "nbdbm.cli.completion:completion",
     "nbdkit-plugin": "nbdbm.cli.nbdkitplugin:nbdkit_plugin",
 }

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from nbdbm.server.listener import Listener
     from nbdbm.server.server import Server
 
+CONTROL_MODE = 0o600
+"""Permissions of the control socket: it tells the names of everything, and who uses it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -23,6 +26,8 @@ async def observed(config: ServerConfig, server: Server) -> AsyncIterator[list[s
     async with AsyncExitStack() as stack:
         if config.metrics is not None:
             places.append(f"metrics: {_metrics(config.metrics, server, stack)}")
+        if config.control is not None:
+            _control(config.control, server, stack)
         for place in places:
             log.info("%s", place)
         yield places
@@ -42,6 +47,17 @@ def _metrics(address: str, server: Server, stack: AsyncExitStack) -> str:
     stack.push_async_callback(responder.close)
     responder.start()
     return url
+
+
+def _control(path: str, server: Server, stack: AsyncExitStack) -> None:
+    """Answer ``nbdbm status`` until ``stack`` unwinds."""
+    from nbdbm.control import control
+    from nbdbm.server.listener import UnixListener
+    from nbdbm.server.responder import Responder
+
+    responder = Responder(UnixListener(path, CONTROL_MODE), control(server))
+    stack.push_async_callback(responder.close)
+    responder.start()
 
 
 def _authority(listener: Listener) -> str:

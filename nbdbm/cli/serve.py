@@ -182,6 +182,7 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--metrics", metavar="[ADDR:]PORT", help="Answer Prometheus here; on this machine only without ADDR."
 )
+@click.option("--control", type=FILE, metavar="PATH", help="Unix socket that answers nbdbm status.")
 @click.option("--pid-file", type=FILE, metavar="FILE", help="Hold the process ID here while serving.")
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
@@ -216,6 +217,7 @@ def serve(
     tls_verify_peer: bool,
     tls_psk: str | None,
     metrics: str | None,
+    control: str | None,
     pid_file: str | None,
     run_: str | None,
     persistent: bool,
@@ -256,6 +258,7 @@ def serve(
             "max_connections_per_address": max_connections_per_address,
             "busy_poll": busy_poll / 1e6,
             "metrics": metrics,
+            "control": control,
         }
         chosen = {name: value for name, value in server.items() if file is None or name in given}
         return replace(

@@ -177,8 +177,8 @@ class _Reloads:
             return  # there is nothing else that could have changed
         if new.listen != old.listen:
             log.warning("%s: [listen] has changed, which needs a restart", new.file)
-        if new.server.metrics != old.server.metrics:
-            log.warning("%s: metrics has changed, which needs a restart", new.file)
+        if (new.server.metrics, new.server.control) != (old.server.metrics, old.server.control):
+            log.warning("%s: metrics or control has changed, which needs a restart", new.file)
         self._server.reconfigure(new.server)
         if new.directory != old.directory:
             self._registry.directory = directory

@@ -1,0 +1,115 @@
+"""``nbdbm status`` against a running server, and against sockets that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nbdbm.cli.status import rates
+from tests.cli.test_serve import TIMEOUT, ended, environment, started
+from tests.cli.test_serving import SERVE, qcow2, write_byte
+from tests.support.servers import nbdbm_run
+
+STATUS = (sys.executable, "-m", "nbdbm", "status")
+
+
+def test_tables_and_json(tmp_path: Path) -> None:
+    image, path, place = qcow2(tmp_path / "disk.qcow2", "day"), tmp_path / "s", tmp_path / "c"
+    with started(*SERVE, "-x", "disk", "-k", str(path), "--control", str(place), str(image), lines=4) as (
+        process,
+        _,
+    ):
+        assert place.stat().st_mode & 0o777 == 0o600
+        write_byte(path, "disk")
+        done = nbdbm_run("status", place, "--json", check=True)
+        (export,) = json.loads(done.stdout)["exports"]
+        assert (export["operations"] >= 1, export["bytes_written"]) == (True, 1)
+        assert export["bitmaps"][0]["dirty"] == 65536 and export["mode"] == "writable"
+        done = nbdbm_run("status", place, check=True)
+        assert "serving, 0 clients now, 1 so far" in done.stdout
+        assert "writable" in done.stdout and "64 KiB" in done.stdout and "in use" in done.stdout
+        watching = subprocess.Popen(
+            [*STATUS, "--watch", "0.1", "--json", str(place)],
+            stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(),
+        )  # fmt: skip
+        try:
+            assert watching.stdout is not None
+            for _ in range(3):
+                assert json.loads(watching.stdout.readline())["state"] == "serving"
+            watching.send_signal(signal.SIGINT)
+            assert watching.communicate(timeout=TIMEOUT)[1] == b"" and watching.returncode == 0
+        finally:
+            watching.kill()
+            watching.communicate()
+        assert ended(process) == (0, "") and not place.exists()
+
+
+def test_watching_on_a_terminal_ends_on_q(tmp_path: Path) -> None:
+    image, path, place = qcow2(tmp_path / "disk.qcow2"), tmp_path / "s", tmp_path / "c"
+    with started(*SERVE, "-x", "disk", "-k", str(path), "--control", str(place), str(image), lines=3):
+        ours, theirs = pty.openpty()
+        watching = subprocess.Popen(
+            [*STATUS, str(place), "--watch=60"],
+            stdin=theirs, stdout=theirs, stderr=theirs, env=environment(TERM="xterm", COLUMNS="150"),
+        )  # fmt: skip
+        os.close(theirs)
+        try:
+            shown, deadline = b"", time.monotonic() + TIMEOUT
+            while b"OPS/S" not in shown:
+                assert time.monotonic() < deadline
+                if select.select([ours], [], [], 1)[0]:
+                    shown += os.read(ours, 65536)
+            os.write(ours, b"q")
+            assert watching.wait(TIMEOUT) == 0
+        finally:
+            watching.kill()
+            watching.wait()
+            os.close(ours)
+
+
+def test_rates() -> None:
+    one = {"name": "a", "operations": 10, "bytes_read": 100, "bytes_written": 0}
+    two = {"name": "a", "operations": 30, "bytes_read": 300, "bytes_written": 50}
+    new = {**two, "name": "b"}
+    assert rates(None, {"time": 1, "exports": [one]}) == {}
+    assert rates({"time": 1, "exports": [one]}, {"time": 3, "exports": [two, new]}) == {"a": (10, 100, 25)}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"{", b"[]", b"3", b'{"return": 3}', b'{"return": {}}', b'{"return": {"exports": [{}]}}', b"\xff",
+     b'{"error": 1}', b"[" * 100_000],
+)  # fmt: skip
+def test_a_socket_of_somebody_else(tmp_path: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "c"))
+        server.listen()
+
+        def speak() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(100)
+                peer.sendall(said)
+
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        done = nbdbm_run("status", tmp_path / "c")
+        speaker.join(TIMEOUT)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert "not the answer of a control socket" in done.stderr
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    done = nbdbm_run("status", tmp_path / "c")
+    assert done.returncode == 1 and done.stderr == f"nbdbm: {tmp_path / 'c'}: No such file or directory\n"
