@@ -162,8 +162,10 @@ class TestRefusals:
     def test_one_line(self, image: Path, options: list[str], text: str) -> None:
         result = CliRunner().invoke(main, ["serve", *options, str(image)])
         assert result.exit_code == 1
-        assert result.stderr.startswith(text.format(image=image))
-        assert result.stderr.count("\n") == 1 and result.stdout == ""
+        # With the suite's debugging, asyncio may complain of a loaded machine before it.
+        said = [line for line in result.stderr.splitlines() if not line.startswith("nbdbm: Executing")]
+        assert len(said) == 1 and said[0].startswith(text.format(image=image))
+        assert result.stdout == ""
 
     def test_missing_image_leaves_no_socket(self, tmp_path: Path) -> None:
         missing = tmp_path / "none"
