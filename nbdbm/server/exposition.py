@@ -34,6 +34,9 @@ MAX_BITMAPS = 100
 EDGES = tuple(range(10, 36, 2))
 """Edges of the histogram: 2^k nanoseconds, that is, a microsecond, four, sixteen ... to 17 seconds."""
 
+AT_ONCE = 1000
+"""Samples made into text in one turn of the event loop: a few milliseconds."""
+
 SHARE = 4
 """How many times as long as it took to make the text no other is made: the exports come first."""
 
@@ -69,13 +72,13 @@ class Exposition:
         return Page(503, b"stopping\n" if self._server.closing else b"starting\n")
 
     async def _metrics(self) -> Page:
-        """The text, made family by family, so that requests are answered in between."""
+        """The text, made piece by piece, so that requests are answered in between."""
         async with self._turn:
             spent = 0.0
             parts = []
             began = time.monotonic()
-            for family in self.families():
-                parts.append(generate_latest(_Only(family)))
+            for part in (part for family in self.families() for part in _pieces(family)):
+                parts.append(part)
                 spent += time.monotonic() - began
                 await asyncio.sleep(0)
                 began = time.monotonic()
@@ -129,6 +132,16 @@ class Exposition:
                     hits.add_metric([name, cache.name], cache.hits)
                     misses.add_metric([name, cache.name], cache.misses)
         yield from (dirty, state, bad, hits, misses)
+
+
+def _pieces(family: Metric) -> Iterator[bytes]:
+    """The text of one family, a part of its samples at a time."""
+    samples = family.samples
+    for start in range(0, max(len(samples), 1), AT_ONCE):
+        family.samples = samples[start : start + AT_ONCE]
+        text = generate_latest(_Only(family))
+        # Its name, type and meaning are said once.
+        yield text if start == 0 else text.split(b"\n", 2)[2]
 
 
 class _Only:

@@ -151,6 +151,20 @@ def test_many_exports_are_not_all_listed(tmp_path: Path, monkeypatch: pytest.Mon
     asyncio.run(main())
 
 
+def test_the_text_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with running(Figured(bytes(4096)), tmp_path) as (server, _):
+            for number in range(5):
+                server.metrics.export(str(number)).commands["read"].record(number + 1, 0, 1)
+            pages = Exposition(server).pages
+            whole = (await pages["/metrics"]()).content
+            monkeypatch.setattr(exposition, "AT_ONCE", 7)
+            assert (await pages["/metrics"]()).content == whole
+            assert whole.count(b"# TYPE nbdbm_request_seconds histogram") == 1
+
+    asyncio.run(main())
+
+
 def test_health(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(MemoryImage(bytes(4096)), tmp_path) as (server, _):
