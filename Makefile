@@ -43,6 +43,7 @@ peers:
 	@scripts/install_peers.sh
 	@scripts/unpack_peers.sh bookworm
 	@scripts/unpack_peers.sh trixie
+	@scripts/unpack_virtnbdbackup.sh
 
 ## make bench     beside qemu-nbd: times, memory; BENCH_ARGS="--quick randread" for less, --help for more
 bench: peers $(COMPILED)

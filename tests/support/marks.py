@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import pytest
 
-from tests.support import guest, imageio, libnbd, nbdkit, qemu
+from tests.support import guest, imageio, libnbd, nbdkit, qemu, virtnbdbackup
 
 
 def requires(*peers: str) -> pytest.MarkDecorator:
@@ -83,4 +83,5 @@ PEERS: dict[str, Callable[[], str | None]] = {
     "nbdkit-python": nbdkit.missing,
     "newer": qemu.newer_missing,
     "python3.13": qemu.newer_python_missing,
+    "virtnbdbackup": virtnbdbackup.missing,
 }
