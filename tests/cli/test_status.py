@@ -42,6 +42,8 @@ def test_tables_and_json(tmp_path: Path) -> None:
         watching = subprocess.Popen(
             [*STATUS, "--watch", "0.1", "--json", str(place)],
             stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(),
+            # A shell that runs the suite in the background has SIGINT ignored for all of it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             assert watching.stdout is not None

@@ -131,8 +131,11 @@ async def copy_out(world: World) -> None:
     elif kind == 1:
         await run(world, "compare", "-f", "raw", "-F", "raw", uri, world.raw, tool="qemu-img")
     elif kind == 2:
+        changes = [disk.changes for disk in world.disks]
         said = await run(world, "--json", uri, tool="nbdinfo")
-        assert "qemu:dirty-bitmap:since" in said
+        # It says nothing of contexts, and is content, if the server ends when it asks for them.
+        if "qemu:dirty-bitmap:since" not in said:
+            assert any(map(Disk.excused, world.disks, changes)), said
     else:
         changes = [disk.changes for disk in world.disks]
         try:
