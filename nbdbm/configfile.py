@@ -197,10 +197,10 @@ class _Reader:
                 self._mistake(
                     (name,), "unknown; there are [listen], [tls], [server], [[export]] and [directory]"
                 )
-        listen = self._made(("listen",), document.get("listen", {}), LISTEN, ListenConfig)
+        listen = self._made(("listen",), document.get("listen", {}), LISTEN, self._made_listen)
         tls = self._made(("tls",), document.get("tls", {}), TLS, self._made_tls)
         self._tls = tls = self._tls or tls
-        server = self._made(("server",), document.get("server", {}), SERVER, ServerConfig)
+        server = self._made(("server",), document.get("server", {}), SERVER, self._made_server)
         exports = self._exports(document.get("export", []))
         directory = None
         if "directory" in document:
@@ -229,6 +229,18 @@ class _Reader:
         return TlsConfig.of(
             fields.get("mode"), fields.get("certificates"), fields.get("verify_peer"), fields.get("psk")
         )
+
+    def _made_listen(self, **fields: Any) -> ListenConfig:
+        return ListenConfig(**self._beside("socket", fields))
+
+    def _made_server(self, **fields: Any) -> ServerConfig:
+        return ServerConfig(**self._beside("control", fields))
+
+    def _beside(self, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """With the socket's path in ``name`` relative to the file; what is none is left to be refused."""
+        if fields.get(name) and not fields[name].startswith("@"):
+            fields[name] = os.path.join(self._base, fields[name])
+        return fields
 
     def _exports(self, tables: Any) -> list[ExportConfig]:
         if not isinstance(tables, list):

@@ -158,6 +158,14 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
             assert f"`{key}`" in text
 
 
+def test_sockets_are_relative_to_the_file_too(tmp_path: Path) -> None:
+    export = '[[export]]\nimage = "a"\n'
+    config = loaded(tmp_path, f'{export}[listen]\nsocket = "s"\n[server]\ncontrol = "run/c"')
+    assert (config.listen.socket, config.server.control) == (f"{tmp_path}/s", f"{tmp_path}/run/c")
+    (line,) = mistakes(tmp_path, f'{export}[listen]\nsocket = "@s"')
+    assert "abstract" in line
+
+
 def test_tcp_and_vsock(tmp_path: Path) -> None:
     export = '[[export]]\nimage = "a"\n'
     assert loaded(tmp_path, f'{export}[listen]\nbind = "*"\nport = 0').listen == ListenConfig(
