@@ -135,8 +135,7 @@ class _Reloads:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._caught)
 
     def __exit__(self, *_: object) -> None:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # The handler stays until ``_ignore_signals``: without one, SIGHUP would end the process.
         if self._task is not None:
             self._task.cancel()
 
@@ -161,6 +160,8 @@ class _Reloads:
             self._task = None
 
     async def _reload(self) -> None:
+        if self._server.closing:
+            return  # what would be opened now, nobody would close
         try:
             new = self._again()
             directory = Directory(new.directory) if new.directory is not None else None
@@ -205,6 +206,8 @@ def _on_signals(stop: asyncio.Event, server: Server) -> None:
 
     for number in SIGNALS:
         loop.add_signal_handler(number, caught)
+    # Until there is something to reload: it must not end the process while images are being opened.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _ignore_signals() -> None:
@@ -216,9 +219,10 @@ def _ignore_signals() -> None:
     loop = asyncio.get_running_loop()
     # Blocked meanwhile, since taking a handler off restores the default action first. (In this thread: an
     # I/O thread can still take one in these microseconds.)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    numbers = (*SIGNALS, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
-        for number in SIGNALS:
+        for number in numbers:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
     finally:

@@ -254,3 +254,19 @@ class TestConfig:
             reload(process)
             assert first_byte(path, "") == b"a"
             assert ended(process) == (0, "")
+
+    def test_hangups_while_it_starts_and_ends_cost_no_bitmap(self, tmp_path: Path) -> None:
+        image, config, path = qcow2(tmp_path / "a", "b0"), tmp_path / "nbdbm.toml", tmp_path / "s"
+        config.write_text(f'[listen]\nsocket = "{path}"\n[[export]]\nimage = "{image}"\n')
+        with started(*SERVE, "--config", str(config), lines=1) as (process, _):
+            write_byte(path, "")
+            config.write_text(config.read_text() + 'detect-zeroes = "on"\n')
+            process.send_signal(signal.SIGTERM)
+            for _ in range(100):
+                if process.poll() is None:
+                    process.send_signal(signal.SIGHUP)
+                    time.sleep(0.001)
+            status, errors = process.wait(TIMEOUT), process.stderr.read() if process.stderr else ""
+        assert (status, errors) == (0, "")
+        listed = nbdbm_run("bitmap", "list", image, check=True).stdout
+        assert "inconsistent" not in listed and "usable" in listed
