@@ -27,6 +27,7 @@ from types import FrameType, ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import nbdbm  # noqa: E402
 from tests.fuzz.targets import TARGETS  # noqa: E402
 
 WORK = ROOT / ".fuzz"
@@ -44,6 +45,15 @@ one image may claim by right (tables, bitmaps, a file of 8 MiB) stays below."""
 
 RSS = 700
 """MiB resident after any number of inputs: more is growth."""
+
+NOT_IMPORTED = ("__main__", "_speed", "nbdbm_plugin")
+"""Modules that are no place to look at: what runs when imported, is compiled, or loads in nbdkit only."""
+
+
+def modules() -> list[str]:
+    """The modules in which the fuzzer sees where an input leads to."""
+    found = pkgutil.walk_packages(nbdbm.__path__, "nbdbm.")
+    return [module.name for module in found if not module.name.endswith(NOT_IMPORTED)]
 
 
 def kept(target: str) -> Iterator[bytes]:
@@ -76,11 +86,8 @@ def fuzz_one(target: str, options: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["nbdbm"]):
-        import nbdbm
-
-        for found in pkgutil.walk_packages(nbdbm.__path__, "nbdbm."):
-            if not found.name.endswith(("__main__", "_speed")):
-                importlib.import_module(found.name)
+        for name in modules():
+            importlib.import_module(name)
     module = importlib.import_module(f"tests.fuzz.targets.{target}")
     corpus = prepare(target, module)
     quiet()

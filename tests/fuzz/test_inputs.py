@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.fuzz import modules
 from tests.fuzz.targets import TARGETS
 
 INPUTS = Path(__file__).resolve().parent / "inputs"
@@ -63,3 +64,11 @@ def test_starts(target: str, quiet: None) -> None:
             assert peak < MEMORY, f"start {number} took {peak >> 20} MiB"
     finally:
         tracemalloc.stop()
+
+
+def test_what_is_looked_into_can_be_imported() -> None:
+    """The fuzzer imports every module by name, wanted or not."""
+    names = modules()
+    assert "nbdbm.nbd.handshake" in names
+    for name in names:
+        importlib.import_module(name)
