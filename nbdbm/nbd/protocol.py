@@ -15,35 +15,11 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Callable, Sequence
-from struct import Struct
 
 from nbdbm.extents import ExtentList
 from nbdbm.nbd.catalog import Catalog, ExportInfo
-from nbdbm.nbd.constants import (
-    EXTENDED_REQUEST_MAGIC,
-    IHAVEOPT,
-    REQUEST_MAGIC,
-    Cmd,
-    CmdFlag,
-    NbdErrno,
-    Opt,
-    Rep,
-    TransmissionFlag,
-)
-from nbdbm.nbd.events import (
-    BlockStatus,
-    Cache,
-    Disconnected,
-    Event,
-    ExportWanted,
-    Flush,
-    GoRequested,
-    Read,
-    StartTls,
-    Trim,
-    Write,
-    WriteZeroes,
-)
+from nbdbm.nbd.constants import IHAVEOPT, Cmd, CmdFlag, NbdErrno, Opt, Rep
+from nbdbm.nbd.events import BlockStatus, Disconnected, Event, ExportWanted, GoRequested, StartTls
 from nbdbm.nbd.handshake import (
     TRANSITIONS,
     Handshake,
@@ -57,36 +33,18 @@ from nbdbm.nbd.handshake import (
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
 from nbdbm.nbd.messages import (
     CLIENT_FLAGS,
-    EXTENDED_REQUEST,
     OPTION,
     OPTION_REPLY,
-    REQUEST,
-    U64,
     OptionReply,
     OptionRequest,
     Request,
     reply_text,
 )
 from nbdbm.nbd.receiver import SMALL_BODY, Receiver
-from nbdbm.nbd.transmission import REPLIES, Chunks, Judge, Origins, Output, Refusal, ReplyBuilder
+from nbdbm.nbd.requests import Body, Goodbye, Requests
+from nbdbm.nbd.transmission import REPLIES, Chunks, Origins, Output, Refusal, ReplyBuilder
 
 logger = logging.getLogger(__name__)
-
-Body = bytearray | mmap.mmap
-
-FLAGS = tuple(CmdFlag(value) for value in range(CmdFlag.PAYLOAD_LEN << 1))
-"""Every combination of known flags: looking one up costs a tenth of building it."""
-
-_NO_FLAGS = FLAGS[0]
-_new = tuple.__new__
-"""Makes an event at half the cost of calling its class; for the hot loop only."""
-
-_READ, _WRITE, _PAYLOAD_LEN = int(Cmd.READ), int(Cmd.WRITE), int(CmdFlag.PAYLOAD_LEN)
-
-_NOTHING_INLINE = (REQUEST.unpack_from, REQUEST.size, -1, 0, 0, 0)
-
-_INCOMPLETE = -1
-"""Returned instead of a position when a message must stay in the scratch until more of it is there."""
 
 
 class ServerProtocol(Receiver):
@@ -108,11 +66,7 @@ class ServerProtocol(Receiver):
         "_after_skip",
         "_allocate",
         "_handshake",
-        "_head",
-        "_inline",
-        "_judge",
         "_limits",
-        "_magic",
         "_option",
         "_origins",
         "_out",
@@ -120,6 +74,7 @@ class ServerProtocol(Receiver):
         "_queued",
         "_refused",
         "_replies",
+        "_requests",
         "_trace",
         "_write",
         "negotiated",
@@ -162,13 +117,8 @@ class ServerProtocol(Receiver):
         self._write: Request | None = None
         """The WRITE whose payload is the body under way."""
         # From here on: set by accept().
-        self._judge: Judge | None = None
+        self._requests: Requests | None = None
         self._replies = REPLIES[HeaderStyle.SIMPLE]
-        self._head: Struct = REQUEST
-        self._magic = REQUEST_MAGIC
-        self._inline: tuple[Callable[..., tuple[int, ...]], int, int, int, int, int] = _NOTHING_INLINE
-        """What ``_parse_requests`` judges the common requests by: how a header is unpacked, its size; the
-        disk's size (-1: none is common), the longest read, the longest write, and the flags it may have."""
         self._origins: Origins | None = None
         """Extended headers: the offset of each request that awaits its reply."""
         self._take_option_replies(self._handshake)
@@ -234,6 +184,8 @@ class ServerProtocol(Receiver):
                     self._body_complete(body, events)
             else:
                 self._parse(end, events)
+        except Goodbye:
+            self._close(events, Disconnected(True, "the client said goodbye"))
         except ProtocolViolation as fault:
             self._close(events, Disconnected(False, str(fault)))
         return events
@@ -303,11 +255,9 @@ class ServerProtocol(Receiver):
     def _body_complete(self, body: memoryview, events: list[Event]) -> None:
         """Act on a message whose body came into its own buffer."""
         if self._write is not None:
+            assert self._requests is not None
             request, self._write = self._write, None
-            if self._origins is not None:
-                self._origins.note(request.cookie, request.offset)
-            flags = FLAGS[request.flags & ~_PAYLOAD_LEN]
-            events.append(Write(request.cookie, request.offset, body, flags))
+            events.append(self._requests.received(request, body))
         elif self._option is not None:
             option, self._option = self._option, None
             self._answer_option(option, body, events)
@@ -362,21 +312,17 @@ class ServerProtocol(Receiver):
         self._take_option_replies(self._handshake)
         self._handshake = None
         self.negotiated = negotiated
-        self._judge = Judge(negotiated)
         self._replies = REPLIES[negotiated.style]
-        if negotiated.extended:
-            self._head = EXTENDED_REQUEST
-            self._magic = EXTENDED_REQUEST_MAGIC
-            self._origins = Origins()
-        plain = info.minimum_block == 1 and not self._trace
-        writable = not info.flags & TransmissionFlag.READ_ONLY
-        self._inline = (
-            self._head.unpack_from,
-            self._head.size,
-            info.size if plain else -1,
-            negotiated.maximum_payload,
-            min(negotiated.maximum_payload, SMALL_BODY) if writable else 0,
-            _PAYLOAD_LEN if negotiated.extended else 0,
+        self._origins = Origins() if negotiated.extended else None
+        self._requests = Requests(
+            negotiated,
+            self._limits,
+            self._view,
+            origins=self._origins,
+            allocate=self._payload_buffer,
+            refuse=self._refuse_request,
+            answer_empty=self._answer_empty,
+            trace=self._log_request if self._trace else None,
         )
         self._become(State.TRANSMISSION)
         return self._resume()
@@ -490,145 +436,29 @@ class ServerProtocol(Receiver):
 
     def _parse_requests(self, at: int, end: int, events: list[Event]) -> int:
         """Parse requests from ``at`` on; return where the first incomplete one begins."""
-        # The two common requests are judged in line, by the rules that Judge has for them; whatever is
-        # not plain goes the general way.
-        unpack, head, size, maximum, small, payload_len = self._inline
-        buffer, origins = self._scratch, self._origins
-        while end - at >= head:
-            magic, flags, command, cookie, offset, length = unpack(buffer, at)
-            if magic != self._magic:
-                raise ProtocolViolation(f"request magic {magic:#x}")
-            if offset + length <= size:
-                if command == _READ:
-                    if not flags and 0 < length <= maximum:
-                        at += head
-                        if origins is not None:
-                            origins.note(cookie, offset)
-                        events.append(_new(Read, (cookie, offset, length, _NO_FLAGS)))
-                        continue
-                elif command == _WRITE and 0 < length <= small and not flags & ~payload_len:
-                    start = at + head
-                    if end - start < length:
-                        break
-                    at = start + length
-                    if origins is not None:
-                        origins.note(cookie, offset)
-                    data = memoryview(bytes(self._view[start:at]))
-                    events.append(_new(Write, (cookie, offset, data, _NO_FLAGS)))
-                    continue
-            request = Request(magic, flags, command, cookie, offset, length)
-            after = self._request(request, at + head, end, events)
-            if after == _INCOMPLETE:
-                break
-            at = after
-            if self._trace:
-                logger.debug("< %s", request)
-            if self._skip or self.state is State.CLOSED:
-                break
-        return at
+        requests = self._requests
+        assert requests is not None
+        at = requests.parse(at, end, events)
+        if requests.rest is None:
+            return at
+        (request, fate), requests.rest = requests.rest, None
+        if isinstance(fate, Refusal):
+            self._drain(request.length, (request, fate))
+            return at
+        self._write = request
+        self._begin_body(fate, at, end)
+        return end
 
-    def _request(self, request: Request, at: int, end: int, events: list[Event]) -> int:
-        """Act on one request whose payload, if any, begins at ``at``; return where the next begins."""
-        negotiated, judge = self.negotiated, self._judge
-        assert negotiated is not None and judge is not None
-        command, length = request.type, request.length
-        if command == Cmd.DISC:
-            self._close(events, Disconnected(True, "the client said goodbye"))
-            return end
-        if command != Cmd.WRITE and not (negotiated.extended and request.flags & CmdFlag.PAYLOAD_LEN):
-            self._emit(request, negotiated.contexts, events)
-            return at
-        if length > negotiated.maximum_payload:
-            limit = negotiated.maximum_payload
-            refusal = Refusal(NbdErrno.EINVAL, f"payload of {length} bytes, the limit is {limit}")
-            # "A server SHOULD initiate hard disconnect" with extended headers; else as long as it is
-            # reasonable the payload is thrown away.
-            if negotiated.extended or length > self._limits.max_drained:
-                self._refuse_request(request, refusal)
-                raise ProtocolViolation(refusal.text)
-            self._drain(length, (request, refusal))
-            return at
-        if command == Cmd.WRITE:
-            return self._write_request(request, at, end, events)
-        if command == Cmd.BLOCK_STATUS:
-            return self._status_request(request, at, end, events)
-        self._drain(length, (request, Refusal(NbdErrno.EINVAL, f"command {command} takes no payload")))
-        return at
+    def _payload_buffer(self, length: int) -> Body | None:
+        buffer = self._allocate(length)
+        self.starved = length if buffer is None else 0
+        return buffer
 
-    def _write_request(self, request: Request, at: int, end: int, events: list[Event]) -> int:
-        assert self._judge is not None
-        length = request.length
-        refusal = self._judge.check(request)
-        if refusal is not None:
-            self._drain(length, (request, refusal))
-            return at
-        if not length:
+    def _answer_empty(self, request: Request) -> None:
+        if request.type == Cmd.READ:
+            self._replies.read(self._out, request.cookie, request.offset, ())
+        else:
             self._replies.done(self._out, request.cookie, request.offset)
-            return at
-        if end - at < length:
-            if length <= SMALL_BODY:
-                return _INCOMPLETE
-            buffer = self._allocate(length)
-            if buffer is None:
-                self.starved = length
-                return _INCOMPLETE
-            self.starved = 0  # if it was asked for a second time
-            self._write = request
-            self._begin_body(memoryview(buffer)[:length], at, end)
-            return end
-        if self._origins is not None:
-            self._origins.note(request.cookie, request.offset)
-        data = memoryview(bytes(self._view[at : at + length]))
-        flags = FLAGS[request.flags & ~_PAYLOAD_LEN]
-        events.append(Write(request.cookie, request.offset, data, flags))
-        return at + length
-
-    def _status_request(self, request: Request, at: int, end: int, events: list[Event]) -> int:
-        """BLOCK_STATUS with a payload: 64 bits of effect length, 32 bits for each context id wanted."""
-        negotiated = self.negotiated
-        assert negotiated is not None
-        length = request.length
-        count, odd = divmod(length - U64.size, 4)
-        if odd or not 1 <= count <= len(negotiated.contexts) or length > SMALL_BODY:
-            text = f"BLOCK_STATUS: a payload of {length} bytes does not select contexts"
-            self._drain(length, (request, Refusal(NbdErrno.EINVAL, text)))
-            return at
-        if end - at < length:
-            return _INCOMPLETE
-        effect, *wanted = Struct(f">Q{count}I").unpack_from(self._scratch, at)
-        ids = set(wanted)
-        chosen = tuple(context for context in negotiated.contexts if context.id in ids)
-        if len(chosen) != count:
-            text = "BLOCK_STATUS: the payload names a context twice, or one that was not selected"
-            self._refuse_request(request, Refusal(NbdErrno.EINVAL, text))
-        else:
-            self._emit(request._replace(length=effect), chosen, events)
-        return at + length
-
-    def _emit(self, request: Request, contexts: tuple[tuple[int, str], ...], events: list[Event]) -> None:
-        """Refuse a request, answer it if it is about nothing, or hand it out."""
-        assert self._judge is not None
-        refusal = self._judge.check(request)
-        if refusal is not None:
-            self._refuse_request(request, refusal)
-            return
-        command, cookie, offset, length = request.type, request.cookie, request.offset, request.length
-        if not length and command != Cmd.FLUSH:
-            # "The client SHOULD NOT"; done with nothing to do, as in qemu-nbd.
-            if command == Cmd.READ:
-                self._replies.read(self._out, cookie, offset, ())
-            else:
-                self._replies.done(self._out, cookie, offset)
-            return
-        if self._origins is not None:
-            self._origins.note(cookie, offset)
-        flags = FLAGS[request.flags & ~_PAYLOAD_LEN]
-        if command == Cmd.BLOCK_STATUS:
-            events.append(BlockStatus(cookie, offset, length, flags, contexts))
-        elif command == Cmd.FLUSH:
-            events.append(Flush(cookie, flags))
-        else:
-            events.append(_RANGED[command](cookie, offset, length, flags))
 
     def _refuse_request(self, request: Request, refusal: Refusal) -> None:
         before = len(self._out)
@@ -692,11 +522,5 @@ class ServerProtocol(Receiver):
     def _log_reply(self, before: int) -> None:
         logger.debug("> %s", reply_text(self._out[before]))
 
-
-_RANGED: dict[int, type[Read] | type[Cache] | type[Trim] | type[WriteZeroes]] = {
-    Cmd.READ: Read,
-    Cmd.CACHE: Cache,
-    Cmd.TRIM: Trim,
-    Cmd.WRITE_ZEROES: WriteZeroes,
-}
-"""Commands whose event is (cookie, offset, length, flags)."""
+    def _log_request(self, request: Request) -> None:
+        logger.debug("< %s", request)

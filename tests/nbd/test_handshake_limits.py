@@ -12,7 +12,7 @@ from nbdbm.nbd.constants import Rep
 from nbdbm.nbd.events import Disconnected, GoRequested
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
 from nbdbm.nbd.protocol import ServerProtocol
-from tests.nbd.test_handshake import FLAGS, haggle, info_data, kinds, meta_data, opt, split, string
+from tests.support.options import FLAGS, haggle, info_data, kinds, meta_data, opt, split, string
 from tests.support.pair import ListCatalog
 
 SMALL = Limits(max_option_length=64, max_options=4, max_queued=100)
