@@ -37,14 +37,36 @@ Rates = dict[str, tuple[float, float, float]]
 """By export: operations, bytes read and bytes written, per second."""
 
 
-@click.command()
+class Watchable(click.Command):
+    """Takes ``--watch`` without a number too, wherever it stands.
+
+    click gives an option whose value may be left out whatever comes next, and that may be the path.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        found: list[str] = []
+        for index, arg in enumerate(args):
+            if arg == "--":
+                return super().parse_args(ctx, found + args[index:])
+            alone = arg == "--watch" and not _is_number(args[index + 1] if index + 1 < len(args) else "")
+            found.append(f"--watch={INTERVAL:g}" if alone else arg)
+        return super().parse_args(ctx, found)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@click.command(cls=Watchable)
 @click.argument("path", type=FILE, metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object; with --watch one a line.")
 @click.option(
     "--watch",
     type=click.FloatRange(0.1, 3600),
-    is_flag=False,
-    flag_value=INTERVAL,
     metavar="[SECONDS]",
     help=f"Look again and again, with rates, until q or Ctrl-C.  [default: every {INTERVAL:g}]",
 )
@@ -59,6 +81,8 @@ def status(path: str, as_json: bool, watch: float | None) -> None:
 
             console().print(_checked(path, lambda: view(found)))
         return
+    if watch != watch:  # NaN is within any range
+        raise click.BadParameter("must be a number of seconds", param_hint="'--watch'")
     with suppress(KeyboardInterrupt):  # that is how it ends
         _watch(path, watch, as_json)
 

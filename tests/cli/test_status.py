@@ -14,9 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from nbdbm.cli.status import rates
+from nbdbm.cli.status import INTERVAL, rates, status
 from tests.cli.test_serve import TIMEOUT, ended, environment, started
 from tests.cli.test_serving import SERVE, qcow2, write_byte
 from tests.support.servers import nbdbm_run
@@ -78,6 +79,35 @@ def test_watching_on_a_terminal_ends_on_q(tmp_path: Path) -> None:
             watching.kill()
             watching.wait()
             os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["c"], ("c", None)),
+        (["--watch", "c"], ("c", INTERVAL)),
+        (["c", "--watch"], ("c", INTERVAL)),
+        (["--watch", "--json", "c"], ("c", INTERVAL)),
+        (["--watch", "3", "c"], ("c", 3)),
+        (["--watch=.5", "c"], ("c", 0.5)),
+        (["c", "--watch", "7.5"], ("c", 7.5)),
+        (["--watch", "--", "3"], ("3", INTERVAL)),
+        (["--", "--watch"], ("--watch", None)),
+    ],
+)
+def test_watch_takes_a_number_and_never_the_path(
+    given: list[str], expected: tuple[str, float | None]
+) -> None:
+    context = status.make_context("status", given)
+    assert (context.params["path"], context.params["watch"]) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [["--watch", "0", "c"], ["--watch=c", "c"], ["--watch", "3"], ["--watch=nan", "c"], ["--watch"]]
+)
+def test_watch_refuses(given: list[str]) -> None:
+    with pytest.raises(click.UsageError):
+        status.invoke(status.make_context("status", given))
 
 
 def test_rates() -> None:
