@@ -120,11 +120,13 @@ class Ending(StrEnum):
     REFUSED = "refused"
     """It may not come in: too many connections, or not from there."""
     SHUTDOWN = "server shutdown"
+    WITHDRAWN = "export withdrawn"
+    """A reload removed or changed the export, or its rules no longer let the client in."""
     FAILED = "internal error"
     """A bug of ours."""
 
 
-GOOD = frozenset({Ending.GOODBYE, Ending.SHUTDOWN})
+GOOD = frozenset({Ending.GOODBYE, Ending.SHUTDOWN, Ending.WITHDRAWN})
 """Ends of a handshake that are nobody's failure."""
 
 UNKNOWN_EXPORT = "unknown export"

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nbdbm.access import EVERYBODY, Access, Verdict
 from nbdbm.errors import NbdbmError, UsageError
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 MAX_IDLE = 32
 """Exports that stay open without clients for their grace time. A client that asks about every image of a
 directory, one after the other, would otherwise have us hold all of them open."""
+
+CHANGED = "the export was changed by a reload"
+REMOVED = "the export was removed by a reload"
 
 RETRY_AFTER = 1.0
 """Seconds for which an export that could not be opened is not tried again: clients may ask as often as they
@@ -58,17 +62,21 @@ class Source:
     """Sources of equal keys open the same: one may take the other's place without closing."""
 
 
+Revoke = Callable[[str], None]
+"""Told, in one line, why a lease shall be released soon."""
+
+
 class Lease:
     """One connection's use of an export, until ``release``."""
 
     __slots__ = ("_slot", "counted", "export", "peer", "revoke")
 
-    def __init__(self, slot: Slot, export: Export, peer: Peer, revoke: Callable[[], None]) -> None:
+    def __init__(self, slot: Slot, export: Export, peer: Peer, revoke: Revoke) -> None:
         self._slot: Slot | None = slot
         self.export = export
         self.peer = peer
         self.revoke = revoke
-        """Called when the export is withdrawn: the lease shall be released soon."""
+        """Called when the export is withdrawn."""
         self.counted = False
         """Whether it counts towards the export's connections."""
 
@@ -105,7 +113,8 @@ class Slot:
         self._change = asyncio.Lock()
         self._unused = asyncio.Event()
         self._unused.set()
-        self._failure: tuple[float, Refused] | None = None
+        self._failure: tuple[float, str] | None = None
+        """Until when it is not tried again, on the loop's clock, and what clients are told."""
         self._grace: asyncio.TimerHandle | None = None
         self._awaited = 0
         """Clients that wait for it to be opened."""
@@ -121,7 +130,7 @@ class Slot:
         """Clients past their handshake."""
         return sum(lease.counted for lease in self.leases)
 
-    async def lease(self, peer: Peer, revoke: Callable[[], None]) -> Lease:
+    async def lease(self, peer: Peer, revoke: Revoke) -> Lease:
         """Use the export, which is opened if it is not; raises Refused."""
         while not self.withdrawn:
             if (lease := self.lease_now(peer, revoke)) is not None:
@@ -143,18 +152,17 @@ class Slot:
             if self.export is not None or self.withdrawn:
                 return
             if self._failure is not None and loop.time() < self._failure[0]:
-                raise self._failure[1]
+                raise Refused(Rep.ERR_UNKNOWN, self._failure[1])
             try:
                 await self.open()
             except (NbdbmError, OSError) as error:
-                text = str(error) if isinstance(error, NbdbmError) else f"{error.filename}: {error.strerror}"
-                log.error("export %r cannot be opened: %s", self.source.name, text)
-                refused = Refused(Rep.ERR_UNKNOWN, f"export {self.source.name!r} cannot be opened")
-                self._failure = (loop.time() + RETRY_AFTER, refused)
+                log.error("export %r cannot be opened: %s", self.source.name, _explained(error))
+                told = f"export {self.source.name!r} cannot be opened"
+                self._failure = (loop.time() + RETRY_AFTER, told)
                 loop.call_later(RETRY_AFTER, self._registry.forget, self)
-                raise refused from error
+                raise Refused(Rep.ERR_UNKNOWN, told) from error
 
-    def lease_now(self, peer: Peer, revoke: Callable[[], None]) -> Lease | None:
+    def lease_now(self, peer: Peer, revoke: Revoke) -> Lease | None:
         """Use the export if it is open."""
         if self.export is None or self.withdrawn:
             return None
@@ -198,12 +206,17 @@ class Slot:
         self._registry.background(self._close_if_unused())
 
     async def _close_if_unused(self) -> None:
-        async with self._change:
-            if not self.leases:
-                try:
+        try:
+            async with self._change:
+                if not self.leases:
                     await self._close()
-                finally:
-                    asyncio.get_running_loop().call_soon(self._registry.forget, self)
+        except (NbdbmError, OSError) as error:
+            self._closing_failed(error)
+        finally:
+            asyncio.get_running_loop().call_soon(self._registry.forget, self)
+
+    def _closing_failed(self, error: NbdbmError | OSError) -> None:
+        log.error("export %r: closing failed: %s", self.source.name, _explained(error))
 
     async def _close(self) -> None:
         export, self.export = self.export, None
@@ -222,13 +235,13 @@ class Slot:
             async with self._change:
                 await self._close()
         except (NbdbmError, OSError) as error:
-            log.error("export %r: closing failed: %s", self.source.name, error)
+            self._closing_failed(error)
 
-    def withdraw(self) -> None:
-        """Offer it no more and ask its clients to leave."""
+    def withdraw(self, why: str) -> None:
+        """Offer it no more and ask its clients to leave; ``why`` is for them and the log."""
         self.withdrawn = True
         for lease in list(self.leases):
-            lease.revoke()
+            lease.revoke(why)
 
 
 class ExportRegistry:
@@ -306,7 +319,7 @@ class ExportRegistry:
 
     # -- using them
 
-    async def lease(self, name: str, peer: Peer, revoke: Callable[[], None]) -> Lease:
+    async def lease(self, name: str, peer: Peer, revoke: Revoke) -> Lease:
         """Use the export of this name, opening it if need be; raises Refused."""
         source = self.source(name)
         if source is None or source.access.judge(peer) is not Verdict.ALLOWED:
@@ -316,7 +329,7 @@ class ExportRegistry:
             slot = self._found[name] = Slot(source, self)
         return await slot.lease(peer, revoke)
 
-    def lease_now(self, name: str, peer: Peer, revoke: Callable[[], None]) -> Lease:
+    def lease_now(self, name: str, peer: Peer, revoke: Revoke) -> Lease:
         """The same for an export that is open; raises Refused if it is not."""
         slot = self._slot(name)
         if slot is None or slot.source.access.judge(peer) is not Verdict.ALLOWED:
@@ -345,20 +358,26 @@ class ExportRegistry:
                 slot.source = source
                 for lease in list(slot.leases):
                     if source.access.judge(lease.peer) is not Verdict.ALLOWED:
-                        lease.revoke()
+                        lease.revoke("the export's rules have changed, and do not let the client in")
             else:
                 slot = Slot(source, self)
                 new.append(slot)
             slots[name] = slot
-        gone = [slot for slot in self._slots.values() if slot not in slots.values()]
-        self._slots = slots
-        for slot in gone:
-            slot.withdraw()
-            self._closing.add(slot)
-            self.background(self._see_out(slot))
+        old, self._slots = self._slots, slots
+        for name, slot in old.items():
+            if slots.get(name) is not slot:
+                self._send_away(slot, CHANGED if name in slots else REMOVED)
+        files: dict[str, list[Slot]] = {}
+        for slot in self._closing:
+            files.setdefault(slot.source.file, []).append(slot)
         for slot in new:
-            slot.predecessors = [each for each in self._closing if each.source.file == slot.source.file]
+            slot.predecessors = files.get(slot.source.file, [])[:]
         return new
+
+    def _send_away(self, slot: Slot, why: str) -> None:
+        slot.withdraw(why)
+        self._closing.add(slot)
+        self.background(self._see_out(slot))
 
     async def _see_out(self, slot: Slot) -> None:
         await slot.closed()
@@ -368,9 +387,7 @@ class ExportRegistry:
         """The directory is another one now, or none: close what is open of it."""
         found, self._found = list(self._found.values()), {}
         for slot in found:
-            slot.withdraw()
-            self._closing.add(slot)
-            self.background(self._see_out(slot))
+            self._send_away(slot, REMOVED)
 
     async def close(self) -> None:
         """Close every export, each even if another fails; raises the first failure. Idempotent.
@@ -396,16 +413,9 @@ class ExportRegistry:
 
     # -- called by the slots
 
-    def background(self, work: Awaitable[None]) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` now; ``close`` waits for it."""
-
-        async def logged() -> None:
-            try:
-                await work
-            except (NbdbmError, OSError) as error:
-                log.error("closing an export failed: %s", error)
-
-        task = asyncio.get_running_loop().create_task(logged())
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -470,6 +480,12 @@ class View:
         if export.info.description == source.description:
             return export.info
         return replace(export.info, description=source.description)  # reloaded meanwhile
+
+
+def _explained(error: NbdbmError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _unknown(name: str) -> Refused:

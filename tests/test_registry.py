@@ -105,7 +105,7 @@ class Disk:
         return export_of(Image(b"x" * 512), name=self.source.name)
 
 
-def nothing() -> None:
+def nothing(why: str) -> None:
     """A connection that does not mind."""
 
 
@@ -174,6 +174,27 @@ class TestOnDemand:
             await registry.close()
 
         run(main)
+
+    def test_what_cannot_be_closed_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        tried = asyncio.Event()
+
+        class Failing(MemoryImage):
+            async def close(self) -> None:
+                tried.set()
+                raise ImageError("/images/a.qcow2", "bitmaps cannot be stored")
+
+        async def opened() -> Export:
+            return export_of(Failing(b""), name="a")
+
+        async def main() -> None:
+            registry = ExportRegistry()
+            registry.offer(Source(name="a", open=opened, grace=0.0))
+            (await leased(registry, "a")).release()
+            await tried.wait()
+            await registry.close()
+
+        run(main)
+        assert caplog.messages == ["export 'a': closing failed: /images/a.qcow2: bitmaps cannot be stored"]
 
     def test_only_so_many_stay_open_without_clients(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(registries, "MAX_IDLE", 2)
@@ -350,13 +371,23 @@ class TestUpdate:
             for disk in (stays, goes, changes):
                 registry.offer(disk.source)
             leases: dict[str, Lease] = {}
+            told: dict[str, str] = {}
+
+            async def use(name: str) -> None:
+                def leave(why: str) -> None:
+                    told[name] = why
+                    leases[name].release()
+
+                leases[name] = await registry.lease(name, UNKNOWN, leave)
+
             for name in ("stays", "goes", "changes"):
-                leases[name] = await registry.lease(name, UNKNOWN, lambda name=name: leases[name].release())  # type: ignore[misc]
+                await use(name)
             changed = Disk("changes", key="another")
             fresh = registry.update([stays.source, changed.source, comes.source])
             assert [slot.source.name for slot in fresh] == ["changes", "comes"]
             assert [name for name, _ in registry.listing()] == ["stays", "changes", "comes"]
             await settle()
+            assert told == {"goes": registries.REMOVED, "changes": registries.CHANGED}
             assert stays.log == ["open"]
             assert goes.log == changes.log == ["open", "close"]
             assert registry.info("goes") is None
@@ -371,7 +402,7 @@ class TestUpdate:
             registry, old, new = ExportRegistry(), Disk("a"), Disk("a", key="new")
             registry.offer(old.source)
             told = asyncio.Event()
-            lease = await registry.lease("a", UNKNOWN, told.set)
+            lease = await registry.lease("a", UNKNOWN, lambda why: told.set())
             registry.update([new.source])
             await asyncio.wait_for(told.wait(), 5)
             opening = asyncio.ensure_future(leased(registry, "a"))
@@ -410,13 +441,11 @@ class TestUpdate:
             registry, disk = ExportRegistry(), Disk("a")
             registry.offer(disk.source)
             asked: list[str] = []
-            near = await registry.lease("a", Peer(address="unix"), lambda: asked.append("unix"))
-            far = await registry.lease(
-                "a", Peer(address="192.0.2.7:1", host="192.0.2.7"), lambda: asked.append("tcp")
-            )
+            near = await registry.lease("a", Peer(address="unix"), lambda why: asked.append("unix"))
+            far = await registry.lease("a", Peer(address="192.0.2.7:1", host="192.0.2.7"), asked.append)
             tighter = Disk("a", access=Access(networks=("unix",)))
             assert registry.update([tighter.source]) == []
-            assert asked == ["tcp"] and disk.log == ["open"]
+            assert len(asked) == 1 and "rules have changed" in asked[0] and disk.log == ["open"]
             near.release()
             far.release()
             await registry.close()

@@ -300,11 +300,16 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Bytes of memory that commands in progress and unsent replies take, roughly and from above."""
         return self._bytes
 
-    def drain(self) -> None:
+    def leave(self, why: str) -> None:
+        """The export is withdrawn."""
+        self.drain(Ending.WITHDRAWN, why)
+
+    def drain(self, ending: Ending = Ending.SHUTDOWN, why: str = "") -> None:
         """Take no more commands, answer those in progress, then close."""
         if self._ended:
             return
-        self.account.end(Ending.SHUTDOWN)
+        self.account.end(ending, why)
+        text = why or "the server is shutting down"
         self._ended = True
         commands = [command for _, command in self._waiting] + [cast(Command, each) for each in self._ahead]
         self._waiting.clear()
@@ -314,7 +319,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         for command in commands:
             assert self._context is not None
             self._context.tally.commands[NAMES[type(command)]].refuse(NbdErrno.ESHUTDOWN.name)
-            self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, "the server is shutting down")
+            self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, text)
         self._pump()
 
     @property
@@ -363,7 +368,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Open the export that the handshake waits for, and go on with that."""
         events: list[Event] = []
         try:
-            self._hold(await self._server.registry.lease(name, self.peer, self.drain))
+            self._hold(await self._server.registry.lease(name, self.peer, self.leave))
             events = self._protocol.opened()
         except Refused as refused:
             self.account.turn_away()
@@ -388,7 +393,7 @@ class NbdConnection(asyncio.BufferedProtocol):
     def _go(self, name: str) -> list[Event]:
         try:
             if self._lease is None or self._lease.name != name:
-                self._hold(self._server.registry.lease_now(name, self.peer, self.drain))
+                self._hold(self._server.registry.lease_now(name, self.peer, self.leave))
             lease = cast(Lease, self._lease)
             lease.count()
         except Refused as refused:
@@ -401,7 +406,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         tally = self.account.enter(export.info.name)
         self._status_ahead = StatusAhead.of(export, self._protocol)
         self._context = Context(
-            export, self._protocol, self._server.buffers, self._sent, tally, self._status_ahead
+            export, self._protocol, self._server.buffers, self._sent, tally, self._status_ahead, self.peer
         )
         events = self._protocol.accept(export.info)
         if (negotiated := self._protocol.negotiated) is not None:

@@ -15,6 +15,7 @@ from nbdbm.metrics import Tally
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
 from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.server.ahead import StatusAhead
 from nbdbm.server.buffers import Buffer, BufferPool
 
@@ -57,6 +58,13 @@ class Context(NamedTuple):
     tally: Tally
     ahead: StatusAhead | None = None
     """Makes answers to block status before they are asked for, if that is possible."""
+    peer: Peer = UNKNOWN
+    """The client, for the log."""
+
+    @property
+    def who(self) -> str:
+        """Client and export, as they begin a line of the log."""
+        return f"{self.peer}: export {self.export.info.name!r}"
 
 
 async def answer(event: Command, context: Context) -> None:
@@ -68,7 +76,7 @@ async def answer(event: Command, context: Context) -> None:
         await HANDLERS[kind](event, context)
         size = amount(event)
     except Exception as error:
-        code, text = wire_error(event, error)
+        code, text = wire_error(event, error, context.who)
         context.protocol.reply_error(event.cookie, code, text)
         figures.fail(code.name)
         size = 0
@@ -83,22 +91,22 @@ def amount(event: Command) -> int:
     return len(event.data) if isinstance(event, Write) else event.length
 
 
-def wire_error(event: Command, error: Exception) -> tuple[NbdErrno, str]:
-    """The error as the client gets it, after logging it as it is.
+def wire_error(event: Command, error: Exception, who: str) -> tuple[NbdErrno, str]:
+    """The error as the client gets it, after logging it as it is; ``who`` met it.
 
     The text names no file: the client is not told where the host keeps its images.
     """
     what = type(event).__name__
     if isinstance(error, NbdbmError | OSError):
-        log.warning("%s failed: %s", describe(event), error)
-        log.debug("%s failed", what, exc_info=error)
+        log.warning("%s: %s failed: %s", who, describe(event), error)
+        log.debug("%s: %s failed", who, what, exc_info=error)
         number = error.errno or errno.EIO
     elif isinstance(error, MemoryError):
-        log.warning("%s failed: out of memory", describe(event))
+        log.warning("%s: %s failed: out of memory", who, describe(event))
         number = errno.ENOMEM
     else:
-        log.error("%s failed: unexpected %s: %s", describe(event), type(error).__name__, error)
-        log.debug("%s failed", what, exc_info=error)
+        log.error("%s: %s failed: unexpected %s: %s", who, describe(event), type(error).__name__, error)
+        log.debug("%s: %s failed", who, what, exc_info=error)
         number = errno.EIO
     code = ERRNO.get(number, NbdErrno.EIO)
     return code, f"{what} failed: {os.strerror(code)}"

@@ -254,7 +254,8 @@ class TestFullDisk:
             status, errors = ended(process)
         assert status == 0
         (line,) = errors.splitlines()
-        assert line.startswith(f"nbdbm: Write at {20 * CLUSTER} of {4 * CLUSTER} bytes failed: ")
+        who = f"unix pid {os.getpid()} uid {os.getuid()}: export ''"
+        assert line.startswith(f"nbdbm: {who}: Write at {20 * CLUSTER} of {4 * CLUSTER} bytes failed: ")
         # A write that failed counts as dirty: part of it may have been done.
         assert state(image)["b"] == ("usable", 5 * GRANULARITY)
         assert command("check", image).startswith("no errors")

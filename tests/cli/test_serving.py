@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -255,7 +257,57 @@ class TestConfig:
             assert first_byte(path, "") == b"a"
             assert ended(process) == (0, "")
 
-    def test_hangups_while_it_starts_and_ends_cost_no_bitmap(self, tmp_path: Path) -> None:
+    def test_clients_of_what_a_reload_takes_away_are_told_why(self, tmp_path: Path) -> None:
+        raw(tmp_path / "a", "a")
+        config, path = tmp_path / "nbdbm.toml", tmp_path / "s"
+        head = f'[listen]\nsocket = "{path}"\n'
+        tables = [f'[[export]]\nname = "{name}"\nimage = "a"\nformat = "raw"\n' for name in ("one", "two")]
+        tables = [f"{table}read-only = true\n" for table in tables]
+        config.write_text(head + "".join(tables))
+        serve = (sys.executable, "-m", "nbdbm", "serve", "--config", str(config), "--log-format", "json")
+        with started(*serve, lines=6) as (process, _):
+
+            async def main() -> None:
+                clients = [
+                    await NbdClient.connect(str(NbdUri.unix(str(path), name))) for name in ("one", "two")
+                ]
+                config.write_text(head + tables[0].replace("true", 'true\ndiscard = "ignore"'))
+                reload(process)
+                for client in clients:
+                    with pytest.raises(NbdError):
+                        while True:
+                            await client.read(0, 1)
+                            await asyncio.sleep(0.01)
+                    await client.close()
+
+            asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+            status, errors = ended(process)
+        assert status == 0
+        lines = [json.loads(line) for line in errors.splitlines()]
+        told = {line["export"]: (line["ended"], line["reason"]) for line in lines if line.get("export")}
+        assert told == {
+            "one": ("export withdrawn", "the export was changed by a reload"),
+            "two": ("export withdrawn", "the export was removed by a reload"),
+        }
+
+    def test_hangups_while_it_starts_are_survived(self, tmp_path: Path) -> None:
+        image, config, path = qcow2(tmp_path / "a", "b0"), tmp_path / "nbdbm.toml", tmp_path / "s"
+        names = [shutil.copy(image, tmp_path / str(number)).name for number in range(100)]
+        tables = "".join(f'[[export]]\nname = "{name}"\nimage = "{name}"\n' for name in names)
+        config.write_text(f'[listen]\nsocket = "{path}"\n{tables}')
+        with started(*SERVE, "--config", str(config), lines=0) as (process, _):
+            # Bound under another name, and not listening yet: images are being opened.
+            eventually(lambda: bool(list(tmp_path.glob(".nbdbm-*"))))
+            sent = 0
+            while not path.exists() and process.poll() is None:
+                reload(process)
+                sent += 1
+                time.sleep(0.001)
+            assert sent and process.poll() is None
+            eventually(lambda: served(path, names[-1]))
+            assert ended(process)[0] == 0
+
+    def test_hangups_while_it_ends_cost_no_bitmap(self, tmp_path: Path) -> None:
         image, config, path = qcow2(tmp_path / "a", "b0"), tmp_path / "nbdbm.toml", tmp_path / "s"
         config.write_text(f'[listen]\nsocket = "{path}"\n[[export]]\nimage = "{image}"\n')
         with started(*SERVE, "--config", str(config), lines=1) as (process, _):

@@ -69,6 +69,19 @@ def test_list_tells_names_descriptions_and_contexts(tools: qemu.Tools, place: Pa
     assert all(export["export-size"] == SIZE for export in exports.values())
 
 
+def test_what_cannot_be_opened_stays_in_the_list(tools: qemu.Tools, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.qcow2").write_bytes(b"QFI\xfb" + bytes(200))
+    for name in ("one", "three"):
+        (tmp_path / f"{name}.qcow2").write_bytes((place / "one.qcow2").read_bytes())
+    with server("-r", "--directory", tmp_path) as running:
+        done = qemu.run(tools.argv("nbdinfo", "--no-content", "--list", running.uri), check=False)
+        assert done.returncode == 1 and "for export: two.qcow2" in done.stderr, "it was in the list"
+        assert [line for line in done.stdout.splitlines() if line.startswith("export=")] == [
+            'export="one.qcow2":',
+            'export="three.qcow2":',
+        ]
+
+
 def test_each_name_is_its_own_image(tools: qemu.Tools, place: Path, tmp_path: Path) -> None:
     with server("-r", f"a={place}/one.qcow2", f"b={place}/two.qcow2") as running:
         for export, name in (("a", "one"), ("b", "two")):

@@ -14,6 +14,7 @@ from nbdbm.exports import Export
 from nbdbm.metrics import Tally
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import BlockStatus, Cache, Command, Flush, Read, Trim, Write, WriteZeroes
+from nbdbm.peer import Peer
 from nbdbm.server import dispatch
 from nbdbm.server.buffers import BufferPool
 from nbdbm.server.dispatch import Context, answer, cost
@@ -157,10 +158,16 @@ def test_errno(number: int, error: NbdErrno) -> None:
 def test_other_failures(failure: Exception, error: NbdErrno, caplog: pytest.LogCaptureFixture) -> None:
     image = MemoryImage(bytes(10))
     image.failures[0] = failure
+    recorder, export = Recorder(), Export.of(image, name="vda")  # type: ignore[arg-type]
+    peer = Peer(address="192.0.2.7:1")
+    context = Context(export, recorder, BufferPool(), [], Tally(), peer=peer)  # type: ignore[arg-type]
     with caplog.at_level(logging.DEBUG, "nbdbm"):
-        ((_, found, _),) = carry_out(Read(5, 0, 1, NO), image)
+        asyncio.run(answer(Read(5, 0, 1, NO), context))
+    ((_, found, _),) = recorder.replies
     assert found == error
-    assert str(failure) in caplog.text
+    line = caplog.messages[0]
+    assert line.startswith("192.0.2.7:1: export 'vda': Read at 0 of 1 bytes failed: ")
+    assert str(failure) in line
     if isinstance(failure, KeyError):
         assert "Traceback" in caplog.text
 
