@@ -269,13 +269,20 @@ class ThreadedFile:
     def read_waiting(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
-            count = os.preadv(self.fd, (view[done:],), offset + done)
+            try:
+                count = os.preadv(self.fd, (view[done:],), offset + done)
+            except OSError as error:
+                raise self._named(error) from error
             if not count:
                 if offset + done < self.size:
                     raise self._cut()
                 fill_zeroes(view[done:])
                 return
             done += count
+
+    def _named(self, error: OSError) -> OSError:
+        """The host's error with the file's name: there may be a chain of files, and many images."""
+        return OSError(error.errno, error.strerror, self.path)
 
     def _cut(self) -> OSError:
         """Bytes that were there are gone: zeroes in their place would be wrong data, and a table of zeroes a
@@ -344,12 +351,15 @@ class ThreadedFile:
         self.size = max(self.size, offset + len(data))
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
-        done = os.pwrite(self.fd, view, offset)
-        while done < len(view):
-            count = os.pwrite(self.fd, view[done:], offset + done)
-            if not count:
-                raise OSError(errno.EIO, "nothing could be written", self.path)
-            done += count
+        try:
+            done = os.pwrite(self.fd, view, offset)
+            while done < len(view):
+                count = os.pwrite(self.fd, view[done:], offset + done)
+                if not count:
+                    raise OSError(errno.EIO, "nothing could be written")
+                done += count
+        except OSError as error:
+            raise self._named(error) from error
         self._unsynced = True
 
     async def zero(self, offset: int, length: int, *, punch: bool, fallback: bool = True) -> None:
@@ -366,7 +376,7 @@ class ThreadedFile:
         if punch and inside == length:
             modes.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
         for mode in modes:
-            if _fallocate(self.fd, mode, offset, length):
+            if self._fallocate(mode, offset, length):
                 self._unsynced = True
                 return
         if not fallback:
@@ -381,14 +391,23 @@ class ThreadedFile:
     async def discard(self, offset: int, length: int) -> None:
         """Give the range's space back where the host can; its content is undefined afterwards."""
         if length > 0:
-            await in_thread(_fallocate, self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+            await in_thread(self._fallocate, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
             self._unsynced = True
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        try:
+            return _fallocate(self.fd, mode, offset, length)
+        except OSError as error:
+            raise self._named(error) from error
 
     async def truncate(self, size: int) -> None:
         """Set the length; growth reads as zeroes."""
         # First, where it becomes shorter: who reads meanwhile what is going away gets zeroes, not an error.
         self.size = min(self.size, size)
-        await in_thread(os.ftruncate, self.fd, size)
+        try:
+            await in_thread(os.ftruncate, self.fd, size)
+        except OSError as error:
+            raise self._named(error) from error
         self.size = size
         self._unsynced = True
 
@@ -401,8 +420,10 @@ class ThreadedFile:
         self._syncing += 1
         try:
             await in_thread(os.fdatasync, self.fd)
-        except BaseException:
+        except BaseException as error:
             self._unsynced = True
+            if isinstance(error, OSError):
+                raise self._named(error) from error
             raise
         finally:
             self._syncing -= 1

@@ -471,7 +471,16 @@ class Image:
 
     async def _finish(self, side: WriteSide) -> None:
         """Write all that is still only in memory: data and mapping first, then what the bitmaps say."""
-        await side.flush()
+        try:
+            await side.flush()
+        except OSError as error:
+            bitmaps = "" if self._saver is None else "; the bitmaps stay marked as in use"
+            why = error.strerror or error
+            raise ImageError(
+                self.path,
+                f"what was written since the last flush could not be stored: {why}{bitmaps}",
+                errno=error.errno,
+            ) from error
         if self._metadata is None or self._saver is None:
             return
         await self._metadata.drain()

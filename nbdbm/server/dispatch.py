@@ -98,7 +98,7 @@ def wire_error(event: Command, error: Exception, who: str) -> tuple[NbdErrno, st
     """
     what = type(event).__name__
     if isinstance(error, NbdbmError | OSError):
-        log.warning("%s: %s failed: %s", who, describe(event), error)
+        log.warning("%s: %s failed: %s", who, describe(event), reason(error))
         log.debug("%s: %s failed", who, what, exc_info=error)
         number = error.errno or errno.EIO
     elif isinstance(error, MemoryError):
@@ -110,6 +110,13 @@ def wire_error(event: Command, error: Exception, who: str) -> tuple[NbdErrno, st
         number = errno.EIO
     code = ERRNO.get(number, NbdErrno.EIO)
     return code, f"{what} failed: {os.strerror(code)}"
+
+
+def reason(error: Exception) -> str:
+    """The error for a log line, ``FILE: what`` where the host has said something about a file."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def describe(event: Command) -> str:

@@ -136,6 +136,32 @@ def test_errors_keep_their_number(path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OSError) as caught:
         asyncio.run(file.pread(0, 10))
     assert caught.value.errno == errno.EIO
+    assert caught.value.filename == str(path)
+    file.close()
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "ftruncate"])
+def test_errors_name_the_file(path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """There may be a chain of them, and many images."""
+
+    def fail(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space")
+
+    async def work(file: ThreadedFile) -> None:
+        await file.pwrite(0, b"x")
+        monkeypatch.setattr(os, call, fail)
+        if call == "ftruncate":
+            await file.truncate(5)
+        elif call == "fdatasync":
+            await file.sync()
+        else:
+            await file.pwrite(0, bytes(1 << 20))
+
+    file = ThreadedFile.open(str(path), writable=True)
+    with pytest.raises(OSError) as caught:
+        asyncio.run(work(file))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    monkeypatch.undo()
     file.close()
 
 

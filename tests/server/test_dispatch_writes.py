@@ -11,7 +11,7 @@ import pytest
 from nbdbm.errors import ImageError
 from nbdbm.nbd.constants import CmdFlag, NbdErrno
 from nbdbm.nbd.events import Command, Flush, Trim, Write, WriteZeroes
-from nbdbm.server.dispatch import REQUEST_COST, cost
+from nbdbm.server.dispatch import REQUEST_COST, cost, reason
 from tests.server.memimage import WritableImage
 from tests.server.test_dispatch import carry_out
 
@@ -80,10 +80,16 @@ def test_failures(
         ((cookie, found, message),) = carry_out(event, image)
     assert (cookie, found) == (7, error)
     assert "secret" not in message and message.startswith(f"{type(event).__name__} failed: ")
-    assert len(caplog.records) == 1 and str(failure) in caplog.text
+    assert len(caplog.records) == 1 and reason(failure) in caplog.text
     assert image.changes == []
     assert carry_out(Write(8, 100, memoryview(b"x"), NO), image) == [(8,)]
     assert carry_out(Flush(9, NO), image) == [(9,)] and image.flushes == 1
+
+
+def test_reason_names_the_file() -> None:
+    assert reason(OSError(errno.EIO, "bad sector", "/disk")) == "/disk: bad sector"
+    assert reason(OSError(errno.EIO, "bad sector")) == "[Errno 5] bad sector"
+    assert reason(ImageError("/disk", "a sync failed")) == "/disk: a sync failed"
 
 
 def test_a_write_costs_its_payload() -> None:
