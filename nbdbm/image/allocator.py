@@ -231,13 +231,15 @@ class Allocator:
         blocks = 1
         while blocks * self.per_block < blocks + count:
             blocks += 1
+        async with self._structure:
+            return await self._regions_behind(blocks, count)
+
+    async def _regions_behind(self, blocks: int, count: int) -> tuple[int, bool]:
         number = 0
         while True:
             number = max(number, -(-self._end // self.per_block))
             if len(self.table) < number + blocks:
-                async with self._structure:
-                    if len(self.table) < number + blocks:
-                        await self._grow_table(max(len(self.table), -(-self._end // self.per_block)))
+                await self._grow_table(max(len(self.table), number))
                 continue
             taken = [at for at in range(number, number + blocks) if self.table[at]]
             if not taken:
@@ -330,21 +332,26 @@ class Allocator:
 
     async def _add_block(self, number: int) -> None:
         """Put a refcount block for a region that has none into that region's first cluster."""
-        if number >= len(self.table):
-            async with self._structure:
-                if number >= len(self.table):
-                    await self._grow_table(number)
-            return
-        cluster = number * self.per_block
-        block = _Block(cluster << self.cluster_bits, unpack_counts(bytes(self.cluster_size), self.order))
-        self._refuse_protected(cluster, cluster + 1)
-        self.table[number] = block.offset
-        self._block_clusters.add(cluster)
-        self._new.append(number)
-        self._end = max(self._end, cluster + 1)
-        self._remember(number, block)
-        self._claim(number, block, 0, 1)
-        self._touch(number, block, 0, self.per_block)
+        async with self._structure:
+            if number >= len(self.table):
+                await self._grow_table(number)
+                return
+            if self.table[number]:
+                return  # somebody else was faster
+            cluster = number * self.per_block
+            self._refuse_protected(cluster, cluster + 1)
+            # The host gives it space now: that a disk is full shall be told to who writes, while the flush
+            # can still carry out what was written before.
+            await self.file.pwrite(cluster << self.cluster_bits, bytes(self.cluster_size))
+            empty = unpack_counts(bytes(self.cluster_size), self.order)
+            block = _Block(cluster << self.cluster_bits, empty)
+            self.table[number] = block.offset
+            self._block_clusters.add(cluster)
+            self._new.append(number)
+            self._end = max(self._end, cluster + 1)
+            self._remember(number, block)
+            self._claim(number, block, 0, 1)
+            self._touch(number, block, 0, self.per_block)
 
     async def _grow_table(self, number: int) -> None:
         """Move the refcount table to a longer one, which begins the first region it did not cover.

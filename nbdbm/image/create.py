@@ -337,9 +337,13 @@ class _Plan:
         if file.size < self.total << bits:
             await file.truncate(self.total << bits)
         stale = min(used_before, self.total << bits)
-        # What is not written below must read as zeroes: the first L1 table, preallocated clusters.
+        # What is not written below must read as zeroes: preallocated clusters.
         if stale > size:
             await file.zero(size, stale - size, punch=True)
+        # All tables get space on the host now, empty as they are: on a disk that has become full, a flush can
+        # carry out what was written before.
+        for at in range(size, self.l2_at << bits, CHUNK):
+            await file.pwrite(at, bytes(min(CHUNK, (self.l2_at << bits) - at)))
         await _write_words(file, size, range(1 + self.table_clusters << bits, self.l1_at << bits, size))
         for block in range(self.blocks):
             per_block = self.geometry.refcount_block_entries

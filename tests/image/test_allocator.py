@@ -241,6 +241,29 @@ def test_a_new_block_that_cannot_be_written_is_written_later(step: int) -> None:
     run(work)
 
 
+def test_a_disk_that_is_full_has_no_new_block() -> None:
+    """It is who writes that hears of it; the flush could not place the counts of what was written before."""
+
+    async def work() -> None:
+        file, allocator = await load(small(6))
+        room = allocator.per_block - len(file.data) // SIZE
+        await allocator.allocate(room)
+        before = list(allocator.table)
+        for _ in range(2):
+            file.before = fail("pwrite", 0, errno.ENOSPC)
+            with pytest.raises(OSError, match="refused"):
+                await allocator.allocate(1)
+            assert list(allocator.table) == before and not allocator._new
+        file.before = None
+        await store(allocator)
+        offset, count, _ = await allocator.allocate(5)
+        assert (offset, count) == ((allocator.per_block + 1) * SIZE, 5)
+        # Its block lies before it, and in the file.
+        assert len(file.data) >= offset
+
+    run(work)
+
+
 def test_a_page_that_cannot_be_written_is_written_later() -> None:
     async def work() -> None:
         file, allocator = await load()

@@ -399,6 +399,14 @@ def _judge(file: CrashFile, old: bytes) -> str:
     return "new"
 
 
+def test_the_tables_have_their_space(tmp_path: Path) -> None:
+    """On a host that becomes full, what goes into them can be flushed."""
+    path = tmp_path / "disk.qcow2"
+    make(path, size=1 << 50)
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == path.stat().st_size
+
+
 def test_failing_operations() -> None:
     options = CreateOptions(size=64 * 1024, cluster_size=512, preallocation="metadata")
     number = 0
