@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
 import struct
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 
 from nbdbm.config import ServerConfig
 from nbdbm.errors import ImageError
-from nbdbm.server import connection
+from nbdbm.server import connection, holdings
 from tests.server.memimage import MemoryImage
 from tests.server.rawclient import (
     BLOCK_STATUS,
@@ -53,7 +51,7 @@ def test_many_requests_in_one_packet(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(MemoryImage(CONTENT), tmp_path) as (_, path):
             client = await connected(path)
-            count = 3 * connection.MAX_REQUESTS
+            count = 3 * holdings.MAX_REQUESTS
             for cookie in range(count):
                 client.read(cookie, cookie * 4096 % len(CONTENT), 4096)
             replies = await client.replies(count)
@@ -196,36 +194,9 @@ def test_with_and_without_the_transports_socket(
     run(main)
 
 
-class TestSendNow:
-    """Pieces go out in order, whole or not at all twice."""
-
-    @pytest.mark.parametrize(
-        "pieces",
-        [[], [b"a"], [b"ab"] * 3000, [b"a", bytes(300_000), b"b", memoryview(bytes(5_000_000)), b"c", b"d"]],
-    )
-    def test_what_is_sent_and_the_rest_are_the_whole(self, pieces: list[bytes | memoryview]) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.setblocking(False)
-            theirs.setblocking(False)
-            rest = connection.send_now(ours, list(pieces))
-            got = b""
-            with contextlib.suppress(BlockingIOError):
-                while data := theirs.recv(1 << 20):
-                    got += data
-            assert got + b"".join(rest) == b"".join(pieces)
-            assert bool(rest) == (len(b"".join(pieces)) > 5_000_000)
-
-    def test_errors_are_the_transports(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours:
-            theirs.close()
-            assert connection.send_now(ours, [b"a", b"b"]) == [b"a", b"b"]
-
-
 class TestLimits:
     def test_requests_in_progress(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(connection, "MAX_REQUESTS", 4)
+        monkeypatch.setattr(holdings, "MAX_REQUESTS", 4)
 
         async def main() -> None:
             image = MemoryImage(CONTENT)
@@ -245,7 +216,7 @@ class TestLimits:
         run(main)
 
     def test_bytes_in_progress(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(connection, "MAX_BYTES", 250_000)
+        monkeypatch.setattr(holdings, "MAX_BYTES", 250_000)
 
         async def main() -> None:
             image = MemoryImage(CONTENT)
@@ -267,7 +238,7 @@ class TestLimits:
     def test_one_large_request_is_always_possible(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(connection, "MAX_BYTES", 1000)
+        monkeypatch.setattr(holdings, "MAX_BYTES", 1000)
 
         async def main() -> None:
             async with running(MemoryImage(CONTENT), tmp_path) as (_, path):
@@ -317,7 +288,7 @@ class TestLimits:
                 await until(lambda: server.budget.used > 0)
                 for _ in range(20):
                     await asyncio.sleep(0.01)
-                    assert server.budget.used <= connection.MAX_BYTES
+                    assert server.budget.used <= holdings.MAX_BYTES
                 seen = len(image.reads)
                 await asyncio.sleep(0.1)
                 assert len(image.reads) == seen < 40

@@ -26,7 +26,7 @@ from nbdbm.image.blockfile import ThreadedFile
 from nbdbm.image.image import Image, OpenOptions
 from nbdbm.nbd.events import Event
 from nbdbm.registry import ExportRegistry
-from nbdbm.server import connection, fastpath
+from nbdbm.server import fastpath, holdings
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.listener import prepare
@@ -488,11 +488,11 @@ def test_a_reader_that_stops(place: Path) -> None:
         replies = Replies("extended", requests)
         one = only(server)
         client.send(b"".join(each.pack("extended") for each in requests))
-        await until(lambda: one._blocked)
+        await until(lambda: one._outbox.blocked)
         for _ in range(50):
             await asyncio.sleep(0)
-        held = server.budget.used + sum(map(len, one._unsent))
-        assert held < connection.MAX_BYTES + 2 * fastpath.ARENA
+        held = server.budget.used + sum(map(len, one._outbox.unsent))
+        assert held < holdings.MAX_BYTES + 2 * fastpath.ARENA
         while len(replies.found) < len(requests):
             await replies.take(client.reader)
         for each in requests:
@@ -530,7 +530,7 @@ def test_a_client_that_leaves_amid_a_batch(place: Path, how: str) -> None:
         one = only(server)
         requests = [Request(READ, n, n % 64 * 4096, 65536) for n in range(200)]
         client.send(b"".join(each.pack("simple") for each in requests))
-        await until(lambda: one._blocked)
+        await until(lambda: one._outbox.blocked)
         if how == "close":
             await client.close()
         else:
@@ -564,7 +564,7 @@ def test_shutdown_with_replies_unsent(place: Path) -> None:
         one = only(server)
         requests = [Request(READ, n, n * 4096, 65536) for n in range(60)]
         client.send(b"".join(each.pack("structured") for each in requests))
-        await until(lambda: one._blocked)
+        await until(lambda: one._outbox.blocked)
         closing = asyncio.create_task(server.close())
         replies = Replies("structured", requests)
         while len(replies.found) < len(requests):

@@ -146,10 +146,10 @@ def test_a_client_that_stops_taking(disk: tuple[Path, bytes]) -> None:
             for each in requests:
                 client.send(each.pack("structured"))
             one = only(server)
-            await until(lambda: one._blocked or bool(one._unsent))
+            await until(lambda: one._outbox.blocked or bool(one._outbox.unsent))
             for _ in range(50):
                 await asyncio.sleep(0)
-            assert sum(map(len, one._unsent)) <= fastpath.SEND_LARGEST + MIB
+            assert sum(map(len, one._outbox.unsent)) <= fastpath.SEND_LARGEST + MIB
             client.writer.transport.resume_reading()  # type: ignore[attr-defined]
             while len(replies.found) < len(requests):
                 await replies.take(client.reader)

@@ -145,7 +145,7 @@ class TestClose:
     def test_requests_in_progress_are_answered_others_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("nbdbm.server.connection.MAX_REQUESTS", 2)
+        monkeypatch.setattr("nbdbm.server.holdings.MAX_REQUESTS", 2)
 
         async def main() -> None:
             image = MemoryImage(CONTENT)

@@ -451,7 +451,7 @@ def test_a_client_that_never_reads(pki: Pki, tmp_path: Path) -> None:
             for cookie in range(64):
                 client.read(cookie, 0, 16 << 20)
             (connection,) = server._connections
-            await until(lambda: connection._blocked)
+            await until(lambda: connection._outbox.blocked)
             await asyncio.sleep(0.2)
             assert server.budget.used <= 65 << 20
             assert connection._transport is not None
