@@ -72,7 +72,7 @@ def test_a_command_is_held_until_its_reply_has_left() -> None:
 def test_buffers_go_back_when_replies_have_left() -> None:
     async def main() -> None:
         pool = BufferPool()
-        held = Holdings(Budget(lambda: []), pool, Waiting())
+        held = Holdings(Budget(list), pool, Waiting())
         held.sent.append(pool.take(MIB))
         assert pool.kept == 0
         held.release()
