@@ -68,6 +68,11 @@ class Files:
         """The image as it is now."""
         return self._content[self.path].whole()
 
+    def replace(self, data: bytes) -> None:
+        """Another image is in its place; nobody has the old one open."""
+        self.assert_closed()
+        self._content[self.path] = Content(data)
+
     @property
     def changes(self) -> int:
         """Operations that changed any of the files."""
