@@ -18,6 +18,7 @@ from bitarray import bitarray
 
 from nbdbm.errors import CorruptError, ImageError
 from nbdbm.image.blockfile import BlockFile
+from nbdbm.image.occupied import Occupied
 from nbdbm.qcow2.constants import MAX_REFTABLE_SIZE, REFTABLE_OFFSET_MASK
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.refcount import pack_counts, unpack_counts
@@ -78,8 +79,9 @@ class Allocator:
         """Held while the refcount table moves or gains entries in the file."""
         self._page = min(PAGE, self.cluster_size)
         self._per_page = (self._page * 8) >> self.order
-        self._protected: list[tuple[int, int]] = []
-        self._block_clusters = {(e & REFTABLE_OFFSET_MASK) >> self.cluster_bits for e in table if e}
+        self.occupied = Occupied()
+        """Clusters that are never handed out, whatever the refcounts claim: metadata is there."""
+        self.occupied.add({(e & REFTABLE_OFFSET_MASK) >> self.cluster_bits for e in table if e})
         self.protect(0, self.cluster_size)
         self.protect(self.table_offset, self.table_clusters * self.cluster_size)
 
@@ -109,14 +111,12 @@ class Allocator:
         return ImageError(self.file.path, f"{what} failed: {error.strerror or error}", errno=error.errno)
 
     def protect(self, offset: int, length: int) -> None:
-        """Never hand out this range's clusters, whatever the refcounts claim: metadata is there."""
-        first = offset >> self.cluster_bits
-        self._protected.append((first, -(-(offset + length) // self.cluster_size)))
+        """Note that metadata is in this range's clusters."""
+        self.occupied.protect((offset >> self.cluster_bits, -(-(offset + length) // self.cluster_size)))
 
     def unprotect(self, offset: int) -> None:
         """Take back ``protect`` for the range that begins at ``offset``."""
-        first = offset >> self.cluster_bits
-        self._protected = [r for r in self._protected if r[0] != first]
+        self.occupied.unprotect(offset >> self.cluster_bits)
 
     # Looking
 
@@ -251,7 +251,7 @@ class Allocator:
             cluster = first + at - number
             block = _Block(cluster << self.cluster_bits, unpack_counts(bytes(self.cluster_size), self.order))
             self.table[at] = block.offset
-            self._block_clusters.add(cluster)
+            self.occupied.add({cluster})
             self._new.append(at)
             self._remember(at, block)
             used = min(self.per_block, first + blocks + count - at * self.per_block)
@@ -267,8 +267,7 @@ class Allocator:
         self._touch(number, block, first, count)
 
     def _refuse_protected(self, first: int, end: int) -> None:
-        hit = any(first < stop and begin < end for begin, stop in self._protected)
-        if hit or not self._block_clusters.isdisjoint(range(first, end)):
+        if self.occupied.hit(first, end):
             raise CorruptError(
                 self.file.path,
                 f"refcounts call the cluster at {first << self.cluster_bits:#x} free, but it holds metadata;"
@@ -346,7 +345,7 @@ class Allocator:
             empty = unpack_counts(bytes(self.cluster_size), self.order)
             block = _Block(cluster << self.cluster_bits, empty)
             self.table[number] = block.offset
-            self._block_clusters.add(cluster)
+            self.occupied.add({cluster})
             self._new.append(number)
             self._end = max(self._end, cluster + 1)
             self._remember(number, block)
@@ -413,7 +412,7 @@ class Allocator:
         self.table.extend(table[len(self.table) :])  # entries set while we waited stay
         self.table_offset, self.table_clusters = new_offset, clusters
         self.protect(new_offset, clusters * self.cluster_size)
-        self._block_clusters.update(block.offset >> self.cluster_bits for block in added.values())
+        self.occupied.add({block.offset >> self.cluster_bits for block in added.values()})
         self._new = [n for n in self._new if n not in new]
         for at, block in added.items():
             self._remember(at, block)

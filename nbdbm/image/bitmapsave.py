@@ -77,6 +77,9 @@ class BitmapSaver:
             OSError: a write or sync failed.
         """
         store = self._store
+        occupied = self._metadata.allocator.occupied
+        store.places -= occupied.among(store.places)
+        occupied.add(store.places)
         if store.extension is None and self.header.autoclear_features & AutoclearFeature.BITMAPS:
             # The directory cannot be walked, so nothing in it can be told that it is missing writes.
             kept = self.header.autoclear_features & ~int(AutoclearFeature.BITMAPS)
@@ -224,6 +227,7 @@ class BitmapSaver:
         self.header = await rewrite_header(self._file, header or self.header_for(staged))
         # Disk: the new directory. What only the old one led to is leaked until it is freed.
         allocator = self._metadata.allocator
+        allocator.occupied.discard(self._store.places)  # the guest writes nothing from here on
         if self._store.extension is not None:
             allocator.unprotect(self._store.extension.directory_offset)
         self._store.extension = staged.extension
@@ -257,8 +261,10 @@ class BitmapSaver:
 
     async def free(self, staged: Staged) -> None:
         """Give back what only the old directory led to. Only logs what fails: it is leaked then."""
+        occupied = self._metadata.allocator.occupied
         try:
-            await self._metadata.allocator.decrement(staged.old)
+            # What a broken bitmap calls its own may be something else's.
+            await self._metadata.allocator.decrement(c for c in staged.old if not occupied.hit(c, c + 1))
         except (OSError, ImageError) as error:
             log.warning("%s: freeing the old bitmaps failed: %s", self._file.path, error)
         await self._settle("the old bitmaps")

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import struct
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from nbdbm.qcow2.bitmapdir import (
     parse_directory,
     table_refusal,
 )
-from nbdbm.qcow2.constants import AutoclearFeature, ExtensionType
+from nbdbm.qcow2.constants import OFFSET_MASK, AutoclearFeature, ExtensionType
 from nbdbm.qcow2.header import Header
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,9 @@ class BitmapStore:
         self.extension = None
         self.stored: list[StoredBitmap] = []
         """Every entry of the directory, in order."""
+        self.places: set[int] = set()
+        """Host clusters of the tables and bits that were judged when the image was opened for writing: they
+        are read later, when the guest's data must not be there."""
         self._file = file
         self._cluster_size = header.cluster_size
         self._size = size
@@ -154,7 +158,9 @@ class BitmapStore:
                     tables += 1
                     table_bytes += 8 * entry.table_size
                     try:
-                        _, refusal = await self._read_table(entry)
+                        table, refusal = await self._read_table(entry)
+                        if refusal is None and self._writable:
+                            self.places.update(self._places(entry, table))
                     except OSError as error:
                         if self._writable:
                             raise  # written past, it would be lost for good; a second try may find it
@@ -193,7 +199,7 @@ class BitmapStore:
                 " writing to the image; open it anew",
             )
         self.tracker.apply(Step.REOPEN_WRITABLE, *self.tracker)
-        self.extension = fresh.extension
+        self.extension, self.places = fresh.extension, fresh.places
         self.replace(
             [s._replace(offset=now.offset) for s, now in zip(self.stored, fresh.stored, strict=True)]
         )
@@ -217,6 +223,14 @@ class BitmapStore:
         table: tuple[int, ...] = struct.unpack(f">{entry.table_size}Q", raw)
         total = bitmap_bytes(self._size, entry.granularity)
         return table, table_refusal(table, self._cluster_size, total, self._file.size)
+
+    def _places(self, entry: DirectoryEntry, table: tuple[int, ...]) -> Iterator[int]:
+        size = self._cluster_size
+        for offset in range(entry.table_offset, entry.table_offset + 8 * entry.table_size, size):
+            yield offset // size
+        for place in table:
+            if place & OFFSET_MASK:
+                yield (place & OFFSET_MASK) // size
 
     # -- the bits ------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import asyncio
 import logging
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 
 from nbdbm.errors import ImageError
@@ -66,6 +67,8 @@ class Metadata:
         """Host clusters (a number as often as it lost a reference) since the last snapshot."""
         self._limbo: list[tuple[int, list[int]]] = []
         """(epoch, clusters) durably unlinked, but a request of that epoch may still use them."""
+        self._wrong_tables: set[int] = set()
+        """Host clusters of L2 tables that must not be changed: they are something else as well."""
         self._table_lock = asyncio.Lock()
         self._commit_lock = asyncio.Lock()
         self._started = 0
@@ -74,6 +77,19 @@ class Metadata:
         allocator.give_up = self.give_up
 
     # -- changing ------------------------------------------------------------------------------
+
+    def claim_tables(self) -> None:
+        """Note where the L2 tables are: nothing else goes there. Other metadata must be known before.
+
+        A table that lies where other metadata is, or that two L1 entries lead to, is never changed.
+        """
+        bits = self._geometry.cluster_bits
+        leading = [(entry & OFFSET_MASK) >> bits for entry in self.clusters.l1 if entry & OFFSET_MASK]
+        tables = set(leading)
+        self._wrong_tables = self.allocator.occupied.among(tables)
+        if len(tables) < len(leading):
+            self._wrong_tables |= {table for table, count in Counter(leading).items() if count > 1}
+        self.allocator.occupied.add(tables)
 
     async def table(self, offset: int) -> Table:
         """The L2 slice for a guest offset, to be changed: made or copied first where needed.
@@ -85,6 +101,8 @@ class Metadata:
         """
         number = offset >> self._geometry.slice_shift
         index = offset >> self._geometry.l1_shift
+        if self._wrong_tables:
+            self._judge_table(index)
         if not self.clusters.l1[index] & COPIED:
             async with self._table_lock:
                 if not self.clusters.l1[index] & COPIED:
@@ -95,6 +113,14 @@ class Metadata:
             # While we were woken it may have been dropped, and loaded again for somebody else.
             if self._cache.get(key) is table:
                 return table
+
+    def _judge_table(self, index: int) -> None:
+        place = self.clusters.table_offset(index)
+        if place >> self._geometry.cluster_bits in self._wrong_tables:
+            raise self.clusters.complain(
+                f"L1 table, index {index}: the L2 table at {place:#x} is other metadata as well: it is not"
+                " written to; nbdbm check tells more"
+            )
 
     async def _own_table(self, index: int) -> None:
         """Give the L1 entry a table of its own: a blank one, or a copy of one that snapshots share."""
@@ -110,7 +136,9 @@ class Metadata:
             raise
         self.clusters.l1[index] = host | COPIED
         self._l1.add(index)
+        self.allocator.occupied.add({host >> self._geometry.cluster_bits})
         if old:
+            self.allocator.occupied.discard((old >> self._geometry.cluster_bits,))
             self._unlinked.append(old >> self._geometry.cluster_bits)
 
     def changed(self, offset: int, table: Table, unlinked: Iterable[int] = (), *, count: int = 1) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
-from nbdbm.errors import FormatError, ImageError, UnsupportedError
+from nbdbm.errors import CorruptError, FormatError, ImageError, UnsupportedError
 from nbdbm.image.allocator import Allocator
 from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile
 from nbdbm.image.cache import TableCache
 from nbdbm.image.commit import Metadata
+from nbdbm.image.occupied import Occupied
 from nbdbm.qcow2.constants import KNOWN_AUTOCLEAR, AutoclearFeature
 from nbdbm.qcow2.header import Header
 from nbdbm.qcow2.headeredit import plan
@@ -81,15 +85,74 @@ async def load_metadata(layer: Layer, cache: TableCache, *, punch: bool) -> Meta
     """What changes the layer's mapping.
 
     Raises:
-        CorruptError: the refcount table is broken.
+        CorruptError: the refcount table is broken, or pieces of metadata overlap.
         OSError: it cannot be read.
     """
     header = layer.header
     assert header is not None and layer.map is not None
     allocator = await Allocator.load(layer.file, header)
-    allocator.protect(header.l1_table_offset, 8 * header.l1_size)
+    _protect(allocator, layer, header)
+    metadata = Metadata(layer.map, cache, allocator, header.l1_table_offset, punch=punch)
+    metadata.claim_tables()
+    return metadata
+
+
+class _Part(NamedTuple):
+    """One piece of metadata: host clusters [first, end)."""
+
+    first: int
+    end: int
+    name: str
+
+
+def _protect(allocator: Allocator, layer: Layer, header: Header) -> None:
+    """Tell the allocator where metadata is, but for L2 tables.
+
+    Raises:
+        CorruptError: two pieces lie in the same place: changing one would destroy the other.
+    """
+    parts = sorted(_parts(layer, header))
+    last = parts[0]
+    for part in parts[1:]:
+        if part.first < last.end and not part.name == last.name == _SNAPSHOT:
+            raise _overlap(layer, part.first, last.name, part.name)
+        last = max(last, part, key=lambda p: p.end)
+    allocator.occupied.protect(*((part.first, part.end) for part in parts))
+    others = Occupied()
+    others.protect(*((part.first, part.end) for part in parts))
+    blocks = {entry >> header.cluster_bits for entry in allocator.table if entry}
+    for block in others.among(blocks):
+        raise _overlap(layer, block, "a refcount block", "other metadata")
+
+
+_SNAPSHOT = "a snapshot's L1 table"
+
+
+def _parts(layer: Layer, header: Header) -> Iterator[_Part]:
+    def part(name: str, offset: int, length: int) -> Iterator[_Part]:
+        if length:
+            yield _Part(offset >> header.cluster_bits, -(-(offset + length) >> header.cluster_bits), name)
+
+    yield from part("the header", 0, header.cluster_size)
+    yield from part("the L1 table", header.l1_table_offset, 8 * header.l1_size)
+    table = header.refcount_table_clusters << header.cluster_bits
+    yield from part("the refcount table", header.refcount_table_offset, table)
     if header.nb_snapshots:
-        allocator.protect(header.snapshots_offset, 1)
-    if header.bitmaps is not None and header.autoclear_features & AutoclearFeature.BITMAPS:
-        allocator.protect(header.bitmaps.directory_offset, header.bitmaps.directory_size)
-    return Metadata(layer.map, cache, allocator, header.l1_table_offset, punch=punch)
+        length = sum(len(snapshot.pack()) for snapshot in layer.snapshots)
+        yield from part("the snapshot table", header.snapshots_offset, length)
+    for snapshot in layer.snapshots:
+        # One that cannot be loaded is not made worse by what is written there.
+        with suppress(FormatError):
+            snapshot.validate(header.size, header.cluster_size, header.l2_entry_size, layer.file.size)
+            yield from part(_SNAPSHOT, snapshot.l1_table_offset, 8 * snapshot.l1_size)
+    bitmaps = header.bitmaps
+    if bitmaps is not None and header.autoclear_features & AutoclearFeature.BITMAPS:
+        yield from part("the bitmap directory", bitmaps.directory_offset, bitmaps.directory_size)
+
+
+def _overlap(layer: Layer, cluster: int, one: str, other: str) -> CorruptError:
+    assert layer.header is not None
+    place = cluster << layer.header.cluster_bits
+    return CorruptError(
+        layer.path, f"cannot be written to: {one} and {other} lie in the same place, {place:#x}"
+    )

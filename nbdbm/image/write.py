@@ -20,7 +20,7 @@ import errno
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from nbdbm.errors import ImageError
+from nbdbm.errors import FormatError, ImageError
 from nbdbm.image.blockfile import CANNOT
 from nbdbm.image.cache import Table
 from nbdbm.image.commit import Metadata
@@ -59,6 +59,7 @@ class Writer:
         self._has_backing = has_backing
         self._raw_data = raw_data
         self._locks = ClusterLocks()
+        self._occupied = metadata.allocator.occupied
 
     @property
     def broken(self) -> str | None:
@@ -87,12 +88,39 @@ class Writer:
         return self._metadata.data.try_pwrite(host, data)
 
     def _in_place(self, table: Table, offset: int, length: int) -> tuple[int, int]:
-        """What of the range may be overwritten where it lies, see ``L2Editor.in_place``; inside the file."""
+        """What of the range may be overwritten where it lies, see ``L2Editor.in_place``; inside the file, and
+        no metadata."""
         host, part = self._editor.in_place(table.words, offset, length)
-        if part and not self._inside(host + part - 1):
-            size = self._geometry.cluster_size
-            part = max(0, -(-self._metadata.file.size // size) * size - host)
+        if part and not self._geometry.external_data:
+            bits = self._geometry.cluster_bits
+            if self._occupied.hit(host >> bits, ((host + part - 1) >> bits) + 1):
+                return 0, 0  # ``_judge`` complains
+            if not self._inside(host + part - 1):
+                size = self._geometry.cluster_size
+                part = max(0, -(-self._metadata.file.size // size) * size - host)
         return host, part
+
+    async def _judge(self, offset: int, length: int) -> Table:
+        """Judge the entries of a range in one slice: none that is wrong is built upon, or unlinked. Returns
+        the slice, to be changed.
+
+        Raises:
+            CorruptError: an entry breaks the format's rules, or leads to metadata.
+        """
+        await self._clusters.map(offset, min(length, self._size - offset))
+        table = await self._metadata.table(offset)
+        size = self._geometry.cluster_size
+        for cluster in range(offset & ~self._geometry.cluster_mask, offset + length, size):
+            try:
+                used = self._editor.references(table.words, cluster)
+            except FormatError as error:
+                raise self._clusters.complain_entry(cluster, error) from error
+            if used and self._occupied.hit(used.start, used.stop):
+                raise self._clusters.complain(
+                    f"guest offset {cluster:#x}: its cluster at {used.start * size:#x} holds metadata and is"
+                    " not written to; nbdbm check tells more"
+                )
+        return table
 
     def _inside(self, host: int) -> bool:
         """Whether a host offset lies in a cluster of the file; the last of them may be cut short."""
@@ -182,9 +210,7 @@ class Writer:
         wanted = -(-(within + len(data)) // size)
         table = await self._metadata.table(offset)
         if self._editor.blank(table.words, offset, len(data)) < wanted:
-            # Judges all entries: none that is wrong is built upon.
-            await self._clusters.map(offset, len(data))
-            table = await self._metadata.table(offset)
+            table = await self._judge(offset, len(data))
             if self._in_place(table, offset, len(data))[1]:
                 return 0  # somebody else has just allocated it: look again
         owned = self._editor.owned(table.words, offset)
@@ -419,7 +445,7 @@ class Writer:
         """Make whole subclusters [first, last) of one slice, whose clusters are locked, read as zeroes."""
         geometry = self._geometry
         size = geometry.cluster_size
-        await self._clusters.map(first, min(last, self._size) - first)  # judges the entries
+        await self._judge(first, last - first)
         if geometry.external_data:
             await self._zero_data_file(first, min(last, self._size) - first, punch, fast)
         for cluster in range(first & ~geometry.cluster_mask, last, size):

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from nbdbm.errors import ImageError
+from nbdbm.errors import CorruptError, ImageError
 from nbdbm.image.cache import Table
 from tests.support.memfile import Operation
 from tests.support.metadata import Parts, opened
-from tests.support.qcow2build import COPIED
+from tests.support.qcow2build import COPIED, get_field
 from tests.support.qcow2build import Image as Built
 
 SIZE = 4096
@@ -132,6 +132,65 @@ def test_a_shared_table_is_copied_and_the_old_one_loses_one_reference() -> None:
         assert bytes(parts.file.data[old : old + SIZE]) == before
         assert await parts.count(old) == 1
         assert await parts.read(SIZE, SIZE) == DATA
+
+    run(work)
+
+
+@pytest.mark.parametrize("copied", (COPIED, 0))
+@pytest.mark.parametrize("other", ("an L2 table", "the L1 table", "the refcount table"))
+def test_a_table_that_is_something_else_as_well_is_not_changed(other: str, copied: int) -> None:
+    """The changes of one would be lost, or destroy the other."""
+
+    def edit(data: bytearray) -> None:
+        l1 = get_field(data, "l1_table_offset")
+        place = {
+            "an L2 table": int.from_bytes(data[l1 : l1 + 8], "big") & ~COPIED,
+            "the L1 table": l1,
+            "the refcount table": get_field(data, "refcount_table_offset"),
+        }[other]
+        data[l1 + 8 : l1 + 16] = (place | copied).to_bytes(8, "big")
+
+    async def work() -> None:
+        parts = await opened(
+            Built(size=3 * REACH, cluster_bits=12, clusters={0: DATA, 1024: DATA}), edit=edit
+        )
+        before = bytes(parts.file.data)
+        wrong = (SIZE, REACH) if other == "an L2 table" else (REACH,)
+        for offset in wrong:
+            with pytest.raises(CorruptError, match="is other metadata as well"):
+                await parts.metadata.table(offset)
+        await parts.metadata.flush()
+        assert bytes(parts.file.data) == before
+        await link(parts, 2 * REACH, await new(parts))
+
+    run(work)
+
+
+def test_tables_are_not_handed_out_whatever_the_refcounts_say() -> None:
+    async def work() -> None:
+        parts = await opened(disk())
+        (old,) = (entry & ~COPIED for entry in parts.clusters.l1 if entry)
+        made = (await parts.metadata.table(REACH), parts.clusters.l1[1] & ~COPIED)[1]
+        for place in (old, made):
+            await parts.allocator.release(place, 1)
+            with pytest.raises(CorruptError, match=f"call the cluster at {place:#x} free"):
+                while True:
+                    await parts.allocator.allocate(1)
+            parts.allocator.occupied.discard([place // SIZE])
+            assert (await parts.allocator.allocate(1))[0] == place
+
+    run(work)
+
+
+def test_a_table_that_was_copied_may_be_reused() -> None:
+    async def work() -> None:
+        parts = await opened(disk())
+        old = parts.clusters.l1[0] & ~COPIED
+        parts.clusters.l1[0] = old  # as if a snapshot had it too, which is gone
+        await link(parts, 4 * SIZE, await new(parts))
+        await parts.metadata.drain()
+        assert await parts.count(old) == 0
+        assert (await parts.allocator.allocate(1))[0] == old
 
     run(work)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,16 +65,25 @@ class Parts:
 
 
 async def opened(
-    built: Built, *, punch: bool = True, limit: int | None = None, has_backing: bool = False
+    built: Built,
+    *,
+    punch: bool = True,
+    limit: int | None = None,
+    has_backing: bool = False,
+    edit: Callable[[bytearray], None] = lambda data: None,
 ) -> Parts:
-    """Open what ``built`` builds; ``limit`` of the table cache in bytes."""
-    file = MemoryFile(built.build())
+    """Open what ``built`` builds, after ``edit``; ``limit`` of the table cache in bytes."""
+    data = bytearray(built.build())
+    edit(data)
+    file = MemoryFile(data)
     header = Header.parse(bytes(file.data[: 1 << built.cluster_bits]))
     cache = TableCache() if limit is None else TableCache(limit)
     l1 = await load_l1(file, header.l1_table_offset, header.l1_size)
     clusters = ClusterMap(file, file, Geometry(header), l1, header.size, cache, 0)
     allocator = await Allocator.load(file, header)
+    allocator.protect(header.l1_table_offset, 8 * header.l1_size)
     metadata = Metadata(clusters, cache, allocator, header.l1_table_offset, punch=punch)
+    metadata.claim_tables()
     host: Any = file  # the layer's file is never asked for more than a BlockFile has
     layer = Layer(
         path=file.path,
