@@ -24,6 +24,7 @@ packages=(
     zsh                     # the shells whose completion is tested
     fish
     bash-completion         # what bash's needs where it is used
+    iproute2                # ip, which lays and pulls the cables of networks that tests make
     systemd                 # systemd-analyze, which judges the units; nothing is started
 )
 

@@ -31,6 +31,7 @@ from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import NAMES, Context, answer, cost
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.holdings import MAX_REQUESTS, Holdings
+from nbdbm.server.listener import silence
 from nbdbm.server.outbox import Outbox
 from nbdbm.tunnel import Tunnel
 
@@ -71,6 +72,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self.peer = peer
         """The client; TLS replaces it with what it knows better."""
         self._server = server
+        self._wire = sock
+        """The socket below TLS, too."""
         self._loop = asyncio.get_running_loop()
         self._credentials = server.tls
         self._outbox = Outbox(sock)
@@ -287,6 +290,11 @@ class NbdConnection(asyncio.BufferedProtocol):
     def behind_since(self) -> float | None:
         """Since when the client has let us hold memory that it could relieve us of; None: it does not."""
         return self._holdings.behind_since if self._outbox.full or self._protocol.receiving else None
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the client's machine was last heard of, if that says anything; see ``listener``."""
+        return 0.0 if self._wire is None else silence(self._wire)
 
     def proceed(self) -> None:
         """There may be room now for what waited."""

@@ -28,6 +28,11 @@ KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 120, 30, 6
 without an answer, 30 seconds apart: five minutes, where the system's own settings take more than two hours.
 An outage of the network that is over sooner harms nobody."""
 
+SILENCE = KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_COUNT
+"""Seconds after which a TCP client of which nothing is heard has vanished. While replies are on their way to
+it the kernel asks nothing, but sends them again, for 15 minutes and more; so we have to look (``silence``).
+TCP_USER_TIMEOUT would end those, too, that are there and only take nothing: a stopped backup."""
+
 BACKLOG = 4096
 """Clients that may wait to be accepted; the system's own limit (net.core.somaxconn) may be lower. With 128,
 a client that opened 256 connections at once to a Unix socket was refused some of them (EAGAIN)."""
@@ -312,6 +317,22 @@ def prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+
+
+_HEARD = struct.Struct("II")
+_HEARD_AT = 52
+"""tcpi_last_data_recv and tcpi_last_ack_recv, milliseconds ago, in ``struct tcp_info`` (linux/tcp.h)."""
+
+
+def silence(sock: socket.socket) -> float:
+    """Seconds since the client's machine was last heard of; 0 where that is unknown, or no TCP."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return 0.0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _HEARD_AT + _HEARD.size)
+    except OSError:
+        return 0.0  # closed already
+    return min(_HEARD.unpack_from(info, _HEARD_AT)) / 1000 if len(info) == _HEARD_AT + _HEARD.size else 0.0
 
 
 _CREDENTIALS = struct.Struct("3i")

@@ -18,7 +18,7 @@ from nbdbm.server.budget import Budget
 from nbdbm.server.buffers import BufferPool
 from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
-from nbdbm.server.listener import Listener, peer_of, prepare
+from nbdbm.server.listener import SILENCE, Listener, peer_of, prepare
 from nbdbm.server.tls import Credentials
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ somebody waits. At one a second, a thousand clients that say nothing keep all ot
 EVICT_AFTER = 5.0
 """Seconds that a client may take for its handshake while others wait for its place; honest ones take
 milliseconds, over a slow line and with a password typed in a second or two."""
+
+LOOK_AROUND = 30.0
+"""Seconds between two looks for clients that have vanished."""
 
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -75,6 +78,8 @@ class Server:
         """Clients by where they come from."""
         self._crowded: asyncio.TimerHandle | None = None
         """While all places are taken: when to look for those that do not use theirs."""
+        self._around: asyncio.TimerHandle | None = None
+        """When to look for clients that have vanished."""
         self._hurry = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -120,6 +125,14 @@ class Server:
                 listener.close()
             raise
         self._watch()
+        self._around = asyncio.get_running_loop().call_later(LOOK_AROUND, self._look_around)
+
+    def _look_around(self) -> None:
+        """Cut off the clients that have vanished."""
+        for each in list(self._connections):
+            if each.silence > SILENCE:
+                each.cut_off(f"its machine has not been heard of for {SILENCE} s")
+        self._around = asyncio.get_running_loop().call_later(LOOK_AROUND, self._look_around)
 
     # -- accepting
 
@@ -258,8 +271,9 @@ class Server:
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        if self._crowded is not None:
-            self._crowded.cancel()
+        for timer in (self._crowded, self._around):
+            if timer is not None:
+                timer.cancel()
         self._watch()
         for listener in self._listeners:
             listener.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,17 @@ from nbdbm.config import ListenConfig
 from nbdbm.errors import UsageError
 from nbdbm.peer import Peer
 from nbdbm.server import listener as listeners
-from nbdbm.server.listener import UnixListener, bind, bind_tcp, inherited, notify, owner_ids, peer_of, prepare
+from nbdbm.server.listener import (
+    UnixListener,
+    bind,
+    bind_tcp,
+    inherited,
+    notify,
+    owner_ids,
+    peer_of,
+    prepare,
+    silence,
+)
 
 
 def connect(path: Path) -> None:
@@ -281,6 +292,27 @@ def test_prepare() -> None:
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= before
             assert not sock.getblocking()
     listener.close()
+
+
+def test_silence() -> None:
+    """Of TCP only, and counted from what the client's kernel last answered."""
+    listener = bind_tcp("127.0.0.1", 0)
+    listener.listen()
+    with socket.create_connection(listener.sockets[0].getsockname()) as client:
+        sock, _ = listener.sockets[0].accept()
+        with sock:
+            time.sleep(0.3)
+            before = silence(sock)
+            assert before >= 0.29
+            sock.sendall(b"anything")
+            assert client.recv(8) == b"anything"
+            assert silence(sock) < before
+        assert silence(sock) == 0, "closed"
+    listener.close()
+    one, other = socket.socketpair()
+    with one, other:
+        time.sleep(0.05)
+        assert silence(one) == 0
 
 
 class TestNotify:

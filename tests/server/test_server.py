@@ -15,6 +15,7 @@ from nbdbm.config import ListenConfig, ServerConfig
 from nbdbm.errors import UsageError
 from nbdbm.exports import Export
 from nbdbm.registry import ExportRegistry
+from nbdbm.server import connection as connection_module
 from nbdbm.server import server as server_module
 from nbdbm.server.listener import Listener, UnixListener, bind, bind_tcp
 from nbdbm.server.server import Server
@@ -347,6 +348,34 @@ class TestPlaces:
                 await first.close()
                 await (await waiting).close()
                 await until(lambda: server.connections == 0)
+
+        run(main)
+
+    def test_those_of_clients_that_vanished(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing was heard of one of two."""
+        monkeypatch.setattr(server_module, "LOOK_AROUND", 0.02)
+        gone: list[tuple[str, int]] = []
+        monkeypatch.setattr(
+            connection_module,
+            "silence",
+            lambda sock: server_module.SILENCE + 1.0 if sock.getpeername() in gone else 1.0,
+        )
+
+        async def main() -> None:
+            server, listener = tcp_server(ServerConfig())
+            await server.start([listener])
+            address = listener.sockets[0].getsockname()
+            clients = [await asyncio.open_connection(*address) for _ in range(2)]
+            for reader, _ in clients:
+                assert await reader.readexactly(18)
+            await asyncio.sleep(0.1)
+            assert server.connections == 2
+            gone.append(clients[0][1].get_extra_info("sockname"))
+            assert await clients[0][0].read() == b""
+            assert server.connections == 1 and not clients[1][0].at_eof()
+            for _, writer in clients:
+                writer.close()
+            await server.close()
 
         run(main)
 

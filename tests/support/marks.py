@@ -74,6 +74,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
             "fish",
             "systemd-analyze",
             "dpkg-deb",
+            "ip",
         )
     },
     "compiled": _compiled,
