@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+MAX_PID_FILE = 64
+"""Bytes that a PID file may have; a number has at most 10 digits, and some programs pad it."""
 
 
 async def run(
@@ -259,10 +263,15 @@ def _bound(config: ServeConfig, environ: MutableMapping[str, str]) -> Iterator[l
 
 @contextmanager
 def _pid_file(path: str | None) -> Iterator[None]:
-    """``path`` holds this process's ID inside the block: there complete, and gone after it if still ours."""
+    """``path`` holds this process's ID inside the block: there complete, and gone after it if still ours.
+
+    It replaces nothing but what was left of such a file: a wrong path must not cost an image.
+    """
     if path is None:
         yield
         return
+    if os.path.lexists(path) and not _was_pid_file(path):
+        raise UsageError(f"{path}: exists and is not a PID file; choose another path or remove it")
     content = f"{os.getpid()}\n"
     temporary = f"{path}.{os.getpid()}"
     try:
@@ -281,6 +290,15 @@ def _pid_file(path: str | None) -> Iterator[None]:
                 ours = file.read() == content
             if ours:
                 os.unlink(path)
+
+
+def _was_pid_file(path: str) -> bool:
+    """Whether the file holds a process ID, or nothing. What is not a plain file is not even opened."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        content = file.read(MAX_PID_FILE + 1)
+    return len(content) <= MAX_PID_FILE and re.fullmatch(rb"\s*\d*\s*", content) is not None
 
 
 def _report(

@@ -247,6 +247,29 @@ class TestPidFile:
             assert ended(process) == (0, "")
             assert pid_file.read_text() == "1\n"
 
+    @pytest.mark.parametrize("left", ["", "4711", "4711\n", "  4711\n"])
+    def test_one_that_a_crash_left_is_replaced(self, image: Path, tmp_path: Path, left: str) -> None:
+        pid_file = tmp_path / "pid"
+        pid_file.write_text(left)
+        result = run(*argv(image, "--pid-file", pid_file, "--run", f"cat {pid_file}; echo $PPID"))
+        first, second = result.stdout.split()
+        assert (result.returncode, first) == (0, second)
+        assert not pid_file.exists()
+
+    def test_no_other_file_is_replaced(self, image: Path, tmp_path: Path) -> None:
+        content = image.read_bytes()
+        result = run(*argv(image, "--pid-file", image, "--run", "true"))
+        assert result.returncode == 1
+        assert result.stderr == (
+            f"nbdbm: {image}: exists and is not a PID file; choose another path or remove it\n"
+        )
+        assert image.read_bytes() == content
+        os.mkfifo(tmp_path / "fifo")
+        for other in (tmp_path, tmp_path / "fifo"):
+            result = run(*argv(image, "--pid-file", other, "--run", "true"))
+            assert result.returncode == 1
+            assert "is not a PID file" in result.stderr
+
     def test_no_such_directory(self, image: Path, tmp_path: Path) -> None:
         pid_file = tmp_path / "no" / "pid"
         result = run(*argv(image, "-k", tmp_path / "s", "--pid-file", pid_file))
