@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from typing import IO, Any
 
 import click
@@ -133,10 +134,29 @@ def main(debug: bool) -> None:
 
 def program() -> None:
     """``main`` for a process that runs nothing else: it ends where a command raises Ended."""
+    _standard_streams()
     try:
         main()
     except Ended as ended:
         _leave(int(ended.code or 0))
+
+
+def _standard_streams() -> None:
+    """Have three of them, whatever the process began with, and have them take every character.
+
+    Otherwise an image could become descriptor 2, where the C library writes when it gives up. A name that
+    the locale's encoding does not have is escaped, as it is on stderr anyway.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _leave(status: int) -> None:

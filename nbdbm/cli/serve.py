@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from nbdbm.cli import Ended, logs
+from nbdbm.cli import Ended, explain, logs
 from nbdbm.cli.options import DIRECTORY, FILE
 from nbdbm.config import (
     DEFAULT_BUSY_POLL,
@@ -28,7 +29,9 @@ from nbdbm.config import (
     ServeConfig,
     TlsConfig,
 )
-from nbdbm.errors import UsageError
+from nbdbm.errors import NbdbmError, UsageError
+
+log = logging.getLogger(__name__)
 
 PER_EXPORT = (
     "export_name",
@@ -284,7 +287,16 @@ def serve(
 
     from nbdbm.cli.serving import run
 
-    raise Ended(asyncio.run(run(read(), os.environ, read)))
+    try:
+        status = asyncio.run(run(read(), os.environ, read))
+    except (NbdbmError, OSError) as error:
+        if log_format == "text" or context.find_root().params.get("debug"):
+            raise
+        # Whoever reads JSON from stderr shall find the last line in it, too.
+        for line in explain(error).split("\n"):
+            log.error("%s", line)
+        status = 1
+    raise Ended(status)
 
 
 def _was_given(context: click.Context, name: str) -> bool:

@@ -337,3 +337,17 @@ def test_nobody_reads_stderr(image: Path, tmp_path: Path, how: str) -> None:
         process.stdout.close()
         if how != "closed":
             os.close(read_end)
+
+
+def test_what_ends_a_server_before_it_serves_is_json_too(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[[export]]\nimage = 1\nnome = "a"\n')
+    command = [sys.executable, "-m", "nbdbm", "serve", "--log-format", "json"]
+    for arguments, messages in (
+        ([tmp_path / "no.qcow2"], ["cannot be opened: No such file or directory"]),
+        (["--config", tmp_path / "c.toml"], ["line 2: export.1.image", "line 3: export.1.nome"]),
+    ):
+        done = run(*command, *map(str, arguments))
+        lines = [json.loads(line) for line in done.stderr.splitlines()]
+        assert (done.returncode, len(lines)) == (1, len(messages))
+        for line, expected in zip(lines, messages, strict=True):
+            assert line["level"] == "error" and expected in line["message"]

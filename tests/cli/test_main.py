@@ -106,6 +106,27 @@ def test_errors_are_one_line(error: Exception, line: str) -> None:
     assert result.stdout == ""
 
 
+def test_standard_streams_that_are_closed(tmp_path: Path) -> None:
+    """Nothing that is opened later may get their numbers."""
+    image = tmp_path / "disk.qcow2"
+    script = (
+        'exec <&- >&- 2>&-; "$0" -m nbdbm create "$1" 1M && "$0" -m nbdbm info "$1" && '
+        '"$0" -m nbdbm serve "$1" --run "readlink /proc/\\$PPID/fd/[012] >$1.fds"'
+    )
+    command = ["bash", "-c", script, sys.executable, str(image)]
+    assert subprocess.run(command, timeout=TIMEOUT, env=environment()).returncode == 0
+    assert (tmp_path / "disk.qcow2.fds").read_text().split() == ["/dev/null"] * 3
+
+
+def test_names_that_the_locale_has_no_characters_for(tmp_path: Path) -> None:
+    image = str(tmp_path / "disk.qcow2")
+    for argv in (["create", image, "1M"], ["bitmap", "add", image, "\u2603"]):
+        assert CliRunner().invoke(main, argv).exit_code == 0
+    result = python("-m", "nbdbm", "bitmap", "list", image, env=environment(PYTHONIOENCODING="latin-1"))
+    assert result.returncode == 0, result.stderr
+    assert "\\u2603 " in result.stdout
+
+
 def test_debug_shows_the_traceback() -> None:
     result = failing(UsageError("cannot do this"), "--debug")
     assert isinstance(result.exception, UsageError)
