@@ -103,6 +103,8 @@ def ask(path: str) -> dict[str, Any]:
                     raise NbdbmError(f"{path}: no answer in {TIMEOUT:g} s and {MAX_ANSWER} bytes")
         except TimeoutError:
             raise NbdbmError(f"{path}: no answer in {TIMEOUT:g} s") from None
+        except ConnectionRefusedError:
+            raise NbdbmError(f"{path}: is not the control socket of a running server") from None
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), path) from error
     try:

@@ -159,7 +159,7 @@ class BitmapEditor:
 
     @classmethod
     async def open(
-        cls, path: str, *, format: str | None = None, open_file: FileOpener | None = None
+        cls, path: str, *, format: str = "qcow2", open_file: FileOpener | None = None
     ) -> BitmapEditor:
         """Open and lock the image, and judge its bitmaps; nothing is written. Its backing and data files
         are not needed.
@@ -313,7 +313,7 @@ class BitmapEditor:
 
     async def _foreign(self, path: str, format: str | None, name: str) -> DirtyBitmap:
         """The bits of a bitmap of another image, which is opened for reading meanwhile."""
-        image = await Image.open(path, OpenOptions(format=format, chain=False), self._open_file)
+        image = await Image.open(path, OpenOptions(format=format or "qcow2", chain=False), self._open_file)
         try:
             return await image.bits(name)
         except BitmapError as error:

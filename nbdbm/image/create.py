@@ -161,7 +161,7 @@ class CreateOptions:
             ),
             (
                 backed and self.backing_format is None,
-                "a backing file needs its format said: a guest could make a raw one look like qcow2",
+                "a backing file needs its format (--backing-format): a guest could make raw look like qcow2",
             ),
             (
                 self.backing_format is not None and self.backing_format not in FORMATS,

@@ -52,13 +52,13 @@ def lock(fd: int, path: str, *, writable: bool, force_share: bool = False) -> st
             return None
         for n in not_shared:
             if pid := _holder(fd, HELD + n):
-                raise _conflict(fd, path, f"in use for {DOING[n]} by", HELD + n, pid, writable)
+                raise _conflict(fd, path, f"in use for {DOING[n]} by {{}}", HELD + n, pid, writable)
         for n in held:
             if pid := _holder(fd, NOT_SHARED + n):
                 raise _conflict(
                     fd,
                     path,
-                    f"{DOING[n]} it is excluded, while it is in use, by",
+                    f"in use by {{}}, which excludes {DOING[n]}",
                     NOT_SHARED + n,
                     pid,
                     writable,
@@ -89,12 +89,14 @@ def _holder(fd: int, start: int) -> int:
 def _conflict(fd: int, path: str, what: str, start: int, pid: int, writable: bool) -> LockedError:
     who = _describe(pid if pid > 0 else _search(fd, start))
     remedy = "" if writable else " (--force-share reads it nevertheless, possibly torn)"
-    return LockedError(path, f"{what} {who}{remedy}")
+    return LockedError(path, f"{what.format(who)}{remedy}")
 
 
 def _describe(pid: int | None) -> str:
     if pid is None:
         return "another process"
+    if pid == os.getpid():
+        return "this process itself (is it served twice?)"
     try:
         with open(f"/proc/{pid}/comm") as file:
             return f"process {pid} ({file.read().strip()})"

@@ -212,6 +212,13 @@ def test_command_lines_that_make_no_sense(image: Path, words: list[str], says: s
     assert image.read_bytes() == before
 
 
+def test_a_raw_image_has_no_bitmaps_to_change(image: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(4096))
+    for words in (["add", raw, "x"], ["merge", image, "monday", "archive", "-b", raw]):
+        assert change(*words, status=1).stderr == f"nbdbm: {raw}: magic is 0x0: not a qcow2 image\n"
+
+
 def test_notices_go_to_stderr(tmp_path: Path) -> None:
     image = tmp_path / "image.qcow2"
     image.write_bytes(Image(bitmaps=[Bitmap(b"old")], autoclear=0).build())

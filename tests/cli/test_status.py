@@ -145,3 +145,14 @@ def test_a_socket_of_somebody_else(tmp_path: Path, said: bytes) -> None:
 def test_nobody_there(tmp_path: Path) -> None:
     done = nbdbm_run("status", tmp_path / "c")
     assert done.returncode == 1 and done.stderr == f"nbdbm: {tmp_path / 'c'}: No such file or directory\n"
+
+
+def test_a_file_and_a_dead_socket(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    expected = f"nbdbm: {path}: is not the control socket of a running server\n"
+    path.touch()
+    assert nbdbm_run("status", path).stderr == expected
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    assert nbdbm_run("status", path).stderr == expected

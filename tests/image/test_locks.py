@@ -72,9 +72,15 @@ def test_a_writer_excludes_readers(opened: list[int]) -> None:
 
 def test_readers_exclude_a_writer(opened: list[int]) -> None:
     lock(opened[0], "disk", writable=False)
-    with pytest.raises(LockedError, match="writing it is excluded") as caught:
+    with pytest.raises(LockedError, match=r"^disk: in use by .*, which excludes writing$") as caught:
         lock(opened[1], "disk", writable=True)
     assert "--force-share" not in str(caught.value)
+
+
+def test_twice_in_one_process(opened: list[int]) -> None:
+    lock(opened[0], "disk", writable=True)
+    with pytest.raises(LockedError, match=r"for writing by this process itself \(is it served twice\?\)"):
+        lock(opened[1], "disk", writable=True)
 
 
 def test_force_share_excludes_nobody(opened: list[int]) -> None:
