@@ -53,7 +53,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def gallery() -> images.Gallery:
-    """The image matrix (tests/support/images.py)."""
+    """The image matrix (tests/support/recipes.py)."""
     return images.Gallery(Path(os.environ[GALLERY]))
 
 

@@ -21,8 +21,8 @@ from click.testing import CliRunner
 from nbdbm.cli import main
 from tests.interop.serving import fingerprint
 from tests.support import images, libnbd, qemu, servers
-from tests.support.images import BITMAPS_EXTENSION, bitmap_entries, extensions, patch, peek
 from tests.support.marks import requires
+from tests.support.qcow2edit import BITMAPS_EXTENSION, bitmap_entries, extensions, patch, peek
 
 pytestmark = [requires("qemu-img", "qemu-io", "qemu-nbd", "libnbd")]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.support import images, libnbd, qemu, servers
+from tests.support import images, libnbd, qcow2edit, qemu, servers
 from tests.support.images import Case
 
 CONTEXT = "qemu:dirty-bitmap:"
@@ -213,7 +213,7 @@ def content_by_qemu(case: Case, tools: qemu.Tools = qemu.SYSTEM) -> bytes:
         # QEMU reads whole sectors only: the last one is shown to it whole.
         image = place / f"whole-{case.path.name}"
         shutil.copy(case.path, image)
-        images.set_size(image, -(-case.size // SECTOR) * SECTOR)
+        qcow2edit.set_size(image, -(-case.size // SECTOR) * SECTOR)
     raw = place / "converted.raw"
     tools.img("convert", "-f", case.format, "-O", "raw", image, raw)
     data = raw.read_bytes()

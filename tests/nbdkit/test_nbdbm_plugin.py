@@ -28,7 +28,7 @@ from tests.interop.writing import (
     read_all,
     writable_copy,
 )
-from tests.support import images, libnbd, nbdkit, qemu, servers
+from tests.support import images, libnbd, nbdkit, qcow2edit, qemu, servers
 from tests.support.marks import requires
 from tests.support.qemu import SYSTEM
 
@@ -328,7 +328,7 @@ def test_bad_images_are_one_line(case: images.Case, gallery: images.Gallery) -> 
     bad.write_bytes(bytes(4096))
     _one_line(nbdkit.run(f"image={bad}"), f"{bad}: not a qcow2 image (magic)")
     shutil.copy(case.path, bad)
-    images.patch(bad, 20, b"\0\0\0\x63")
+    qcow2edit.patch(bad, 20, b"\0\0\0\x63")
     _one_line(nbdkit.run(f"image={bad}"), f"{bad}: cluster_bits is 0x63: ")
     _one_line(nbdkit.run(f"image={case.path}", "snapshot=s"), f"{case.path}: there is no snapshot 's'")
     chain = gallery.get("chain-5").path
@@ -385,9 +385,9 @@ def test_a_library_that_is_missing_is_one_line(case: images.Case, tmp_path: Path
 def test_damage_is_an_error_of_the_request_alone(case: images.Case) -> None:
     """EIO and a line that says where; the rest of the disk is served."""
     SYSTEM.io(case.path, f"write -q -P 1 0 {64 * KIB}", f"write -q -P 2 {MIB} {64 * KIB}")
-    l1 = images.peek(case.path, 40, "Q")
-    l2 = images.peek(case.path, l1, "Q") & ~(1 << 63)
-    images.patch(case.path, l2, (1 << 63 | 0x200).to_bytes(8, "big"))  # clusters begin at clusters
+    l1 = qcow2edit.peek(case.path, 40, "Q")
+    l2 = qcow2edit.peek(case.path, l1, "Q") & ~(1 << 63)
+    qcow2edit.patch(case.path, l2, (1 << 63 | 0x200).to_bytes(8, "big"))  # clusters begin at clusters
     with nbdkit.serving(f"image={case.path}", options=("-r",), clean=False) as server:
         h = connect(server.uri)
         for _ in range(2):
