@@ -81,6 +81,9 @@ class Allocator:
         self._per_page = (self._page * 8) >> self.order
         self.occupied = Occupied()
         """Clusters that are never handed out, whatever the refcounts claim: metadata is there."""
+        self.spared: set[int] = set()
+        """Those of them that are passed over if the refcounts call them free: what bitmaps consist of. With the
+        others that is an error: where they are not counted, the guest's data may not be either."""
         self.occupied.add({(e & REFTABLE_OFFSET_MASK) >> self.cluster_bits for e in table if e})
         self.protect(0, self.cluster_size)
         self.protect(self.table_offset, self.table_clusters * self.cluster_size)
@@ -190,7 +193,13 @@ class Allocator:
             end = block.used.find(True, first, stop)
             end = stop if end < 0 else end
             start = number * self.per_block + first
-            self._refuse_protected(start, start + end - first)
+            if self.occupied.hit(start, start + end - first):
+                spared = self.spared.intersection(range(start, start + end - first))
+                if not spared:
+                    self._refuse_protected(start, start + end - first)
+                for cluster in spared:
+                    block.used[cluster - number * self.per_block] = True
+                continue
             self._claim(number, block, first, end - first)
             self._hint = start + end - first
             fresh = start >= self._end

@@ -65,6 +65,10 @@ class BitmapSaver:
         self._metadata = metadata
         self._file = metadata.file
         self._cluster_size = header.cluster_size
+        allocator = metadata.allocator
+        store.places -= allocator.occupied.among(store.places)
+        allocator.occupied.add(store.places)
+        allocator.spared |= store.places
 
     # -- arm -----------------------------------------------------------------------------------
 
@@ -77,9 +81,6 @@ class BitmapSaver:
             OSError: a write or sync failed.
         """
         store = self._store
-        occupied = self._metadata.allocator.occupied
-        store.places -= occupied.among(store.places)
-        occupied.add(store.places)
         if store.extension is None and self.header.autoclear_features & AutoclearFeature.BITMAPS:
             # The directory cannot be walked, so nothing in it can be told that it is missing writes.
             kept = self.header.autoclear_features & ~int(AutoclearFeature.BITMAPS)

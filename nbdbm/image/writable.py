@@ -118,6 +118,9 @@ def _protect(allocator: Allocator, layer: Layer, header: Header) -> None:
             raise _overlap(layer, part.first, last.name, part.name)
         last = max(last, part, key=lambda p: p.end)
     allocator.occupied.protect(*((part.first, part.end) for part in parts))
+    for part in parts:
+        if part.name == _DIRECTORY:
+            allocator.spared.update(range(part.first, part.end))
     others = Occupied()
     others.protect(*((part.first, part.end) for part in parts))
     blocks = {entry >> header.cluster_bits for entry in allocator.table if entry}
@@ -126,6 +129,7 @@ def _protect(allocator: Allocator, layer: Layer, header: Header) -> None:
 
 
 _SNAPSHOT = "a snapshot's L1 table"
+_DIRECTORY = "the bitmap directory"
 
 
 def _parts(layer: Layer, header: Header) -> Iterator[_Part]:
@@ -147,7 +151,7 @@ def _parts(layer: Layer, header: Header) -> Iterator[_Part]:
             yield from part(_SNAPSHOT, snapshot.l1_table_offset, 8 * snapshot.l1_size)
     bitmaps = header.bitmaps
     if bitmaps is not None and header.autoclear_features & AutoclearFeature.BITMAPS:
-        yield from part("the bitmap directory", bitmaps.directory_offset, bitmaps.directory_size)
+        yield from part(_DIRECTORY, bitmaps.directory_offset, bitmaps.directory_size)
 
 
 def _overlap(layer: Layer, cluster: int, one: str, other: str) -> CorruptError:

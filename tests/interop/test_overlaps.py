@@ -111,6 +111,27 @@ def test_metadata_is_not_written_to_as_data(base: Path, tmp_path: Path, name: st
     assert ("failed: Input/output error" in done.stdout + done.stderr) is (name not in NOT_BY_QEMU)
 
 
+def test_bits_that_are_not_counted_are_not_overwritten(base: Path, tmp_path: Path) -> None:
+    """What a bitmap consists of, with refcounts of zero: it is read when the guest has written already."""
+    path = tmp_path / "disk.qcow2"
+    shutil.copyfile(base, path)
+    qemu.SYSTEM.img("bitmap", "--disable", path, "b")
+    block = TARGETS["refcount-block"](path)
+    for name in ("bitmap-directory", "bitmap-table", "bitmap-bits"):
+        patch(path, block + 2 * (TARGETS[name](path) // CLUSTER), bytes(2))
+    context = "qemu:dirty-bitmap:b"
+    with servers.qemu_nbd(path, bitmaps=["b"]) as server:
+        before = libnbd.probe(server.uri, contexts=[context], digest=False)["maps"]
+    with servers.nbdbm(path, writable=True) as server:
+        h = libnbd.module().NBD()
+        h.connect_uri(server.uri)
+        h.pwrite(b"\xdd" * (4 * MIB), 8 * MIB)
+        h.shutdown()
+    with servers.qemu_nbd(path, bitmaps=["b"]) as server:
+        assert libnbd.probe(server.uri, contexts=[context], digest=False)["maps"] == before
+    assert images_of(path)[8 * MIB : 12 * MIB] == b"\xdd" * (4 * MIB)
+
+
 def errors(said: str) -> int:
     """How many errors ``qemu-img check`` has found, leaks left out."""
     return sum(line.startswith("ERROR") for line in said.splitlines())
