@@ -82,8 +82,8 @@ class Allocator:
         self.occupied = Occupied()
         """Clusters that are never handed out, whatever the refcounts claim: metadata is there."""
         self.spared: set[int] = set()
-        """Those of them that are passed over if the refcounts call them free: what bitmaps consist of. With the
-        others that is an error: where they are not counted, the guest's data may not be either."""
+        """Those of them that are passed over if the refcounts call them free: what bitmaps consist of. With
+        the others that is an error: where they are not counted, the guest's data may not be either."""
         self.occupied.add({(e & REFTABLE_OFFSET_MASK) >> self.cluster_bits for e in table if e})
         self.protect(0, self.cluster_size)
         self.protect(self.table_offset, self.table_clusters * self.cluster_size)
