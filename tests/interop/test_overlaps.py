@@ -15,8 +15,8 @@ import pytest
 
 from tests.interop.writing import check
 from tests.support import libnbd, qemu, servers
-from tests.support.images import BITMAPS_EXTENSION, extensions, patch, peek
 from tests.support.marks import requires
+from tests.support.qcow2edit import BITMAPS_EXTENSION, extensions, patch, peek
 
 pytestmark = [requires("qemu-img", "qemu-io", "libnbd")]
 
