@@ -351,9 +351,29 @@ class Writer:
             raise ImageError(
                 self._metadata.file.path, "zeroes are not faster than data here", errno=errno.ENOTSUP
             )
-        await _to_its_end(
-            self._each_part(offset, length, lambda at, part: self._zero_part(at, part, punch, fast))
-        )
+        await _to_its_end(self._zero(offset, length, punch, fast))
+
+    async def _zero(self, offset: int, length: int, punch: bool, fast: bool) -> None:
+        """``write_zeroes``: whole units by mapping, the ends as data."""
+        end = offset + length
+        first, last = self._whole_units(offset, length, punch)
+        if first >= last:
+            await self._each_part(offset, length, self._zero_data)
+            return
+        last = min(last, end)
+        # Before the ends: with a raw data file it is here that the host may say that it is not fast.
+        await self._zero_whole(first, last - first, punch, fast)
+        await self._each_part(offset, first - offset, self._zero_data)
+        await self._each_part(last, end - last, self._zero_data)
+
+    async def _zero_whole(self, offset: int, length: int, punch: bool, fast: bool) -> None:
+        """Make whole units read as zeroes by mapping; the disk's last one may be cut off by its end."""
+
+        async def zero(at: int, part: int) -> None:
+            first, last = self._whole_units(at, part, punch)
+            await self._locked(first, last - first, lambda: self._zero_units(first, last, punch, fast))
+
+        await self._each_part(offset, length, zero)
 
     async def _is_fast(self, offset: int, length: int, punch: bool) -> bool:
         """Whether zeroes take less than data: not all of the range would have to be written as such."""
@@ -374,9 +394,7 @@ class Writer:
             end = end // size * size
         if end <= first or (self._geometry.version < 3 and self._has_backing):
             return
-        await _to_its_end(
-            self._each_part(first, end - first, lambda at, part: self._zero_part(at, part, True, False))
-        )
+        await _to_its_end(self._zero_whole(first, end - first, True, False))
 
     async def _each_part(self, offset: int, length: int, work: Callable[[int, int], Awaitable[None]]) -> None:
         """Do ``work`` for the part of the range in each L2 slice; nothing where zeroes show without one."""
@@ -397,19 +415,6 @@ class Writer:
             if self._metadata.pressing:
                 await self._metadata.flush()
             await asyncio.sleep(0)  # a slice maps thousands of clusters: let others have their turn
-
-    async def _zero_part(self, offset: int, length: int, punch: bool, fast: bool) -> None:
-        """``write_zeroes`` for a range inside one slice: whole units by mapping, its ends as data."""
-        end = offset + length
-        first, last = self._whole_units(offset, length, punch)
-        if first >= last:
-            await self._zero_data(offset, length)
-            return
-        if offset < first:
-            await self._zero_data(offset, first - offset)
-        await self._locked(first, last - first, lambda: self._zero_units(first, last, punch, fast))
-        if last < end:
-            await self._zero_data(last, end - last)
 
     def _whole_units(self, offset: int, length: int, punch: bool) -> tuple[int, int]:
         """The part of the range that can be zeroed by mapping; (first, last) with first >= last: nothing."""

@@ -556,8 +556,8 @@ def test_fast_zeroes_where_the_data_files_host_cannot(tmp_path: Path, raw: str) 
         image = await Image.open(str(path), OpenOptions(read_only=False), open_file)
         if raw == "on":
             with pytest.raises(OSError, match="cannot"):
-                await image.write_zeroes(0, 65536, fast=True)
-            assert await read(image, 0, 65536) == b"A" * 65536
+                await image.write_zeroes(5, 3 * 65536, fast=True)
+            assert await read(image, 0, 1 << 19) == b"A" * (1 << 19)  # its ends are as they were, too
         else:
             await image.write_zeroes(0, 65536, fast=True)
             assert await read(image, 0, 65536) == bytes(65536)
