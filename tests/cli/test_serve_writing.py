@@ -341,7 +341,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            (["-U"], "--force-share is for reading only; say --read-only"),
+            (["-p", "0", "-U"], "--force-share is for reading only; say --read-only"),
             (["--detect-zeroes", "unmap", "--discard", "ignore"], "--detect-zeroes unmap excludes"),
         ],
     )

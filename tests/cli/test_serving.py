@@ -110,7 +110,7 @@ class TestCommandLine:
             (["a", "--config", "c"], 1, "--config excludes IMAGEs and --directory"),
             (["--config", "c", "-r"], 1, "--config excludes --read-only: write it into the file"),
             (["--config", "c"], 1, "c: No such file or directory"),
-            (["--directory", "nowhere"], 1, "nowhere: No such file or directory"),
+            (["-p", "0", "--directory", "nowhere"], 1, "nowhere: No such file or directory"),
             (["a", "-k", "@s"], 1, "--socket @s: abstract sockets are not supported"),
             (["a", "-k", "s", "--socket-mode", "9"], 2, "'9': not permissions in octal"),
             (["a", "-k", "s", "--socket-owner", "nobody-of-this-name"], 1, "no user 'nobody-of-this-name'"),
