@@ -190,6 +190,7 @@ class Octal(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--run", "run_", metavar="CMD", help="Serve while CMD runs, $uri being the export; exit as it does."
 )
+@click.option("--fork", is_flag=True, help="Return once clients can connect; the server goes on behind.")
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: always so.")
 @click.option(
     "-v", "--verbose", count=True, help="Log more; given twice, all that is said on the wire (slow)."
@@ -223,6 +224,7 @@ def serve(
     control: str | None,
     pid_file: str | None,
     run_: str | None,
+    fork: bool,
     persistent: bool,
     verbose: int,
     quiet: bool,
@@ -285,10 +287,21 @@ def serve(
     elif "grace" in given and directory is None:
         raise BadValue("grace", " is for --directory: other images stay open")
 
+    if fork and run_ is not None:
+        raise UsageError("--fork excludes --run, which serves while its command runs")
+    if fork and "LISTEN_FDS" in os.environ:
+        raise UsageError("--fork: a service manager that passes sockets (LISTEN_FDS) does this itself")
+
     from nbdbm.cli.serving import run
 
     try:
-        status = asyncio.run(run(read(), os.environ, read))
+        config = read()
+        started = None
+        if fork:
+            from nbdbm.cli.background import fork_off
+
+            started = fork_off()
+        status = asyncio.run(run(config, os.environ, read, started))
     except (NbdbmError, OSError) as error:
         if log_format == "text" or context.find_root().params.get("debug"):
             raise

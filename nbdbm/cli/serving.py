@@ -37,9 +37,17 @@ MAX_PID_FILE = 64
 
 
 async def run(
-    config: ServeConfig, environ: MutableMapping[str, str], again: Callable[[], ServeConfig]
+    config: ServeConfig,
+    environ: MutableMapping[str, str],
+    again: Callable[[], ServeConfig],
+    started: Callable[[], None] | None = None,
 ) -> int:
-    """Serve as configured until the end; return the exit status. ``again`` reads the configuration anew."""
+    """Serve as configured until the end; return the exit status.
+
+    Args:
+        again: reads the configuration anew.
+        started: called once, when clients can connect and everything has been printed.
+    """
     from nbdbm.cli.observers import observed
     from nbdbm.registry import ExportRegistry
     from nbdbm.server.listener import notify
@@ -69,6 +77,8 @@ async def run(
             with _pid_file(config.pid_file), _Reloads(config, again, server, registry, environ):
                 _report(config, registry, listeners, places)
                 notify(environ.get("NOTIFY_SOCKET"), f"READY=1\nMAINPID={os.getpid()}")
+                if started is not None:
+                    started()
                 status = 0
                 if config.run is not None:
                     name = config.exports[0].name if config.exports else ""
