@@ -272,6 +272,8 @@ class Handshake:
             self._contexts_of = None
         if option not in OPTION_HANDLERS:
             return Rep.ERR_UNSUP
+        if length and option in WITHOUT_DATA:
+            return Rep.ERR_INVALID
         return Rep.ERR_TOO_BIG if length > self._limits.max_option_length else None
 
     def dropped(self, option: int, length: int, rep: Rep) -> None:
@@ -280,6 +282,8 @@ class Handshake:
             text = "this server is for clients with TLS"
         elif rep is Rep.ERR_TOO_BIG:
             text = f"{length} bytes of option data, the limit is {self._limits.max_option_length}"
+        elif rep is Rep.ERR_INVALID:
+            text = f"{Opt(option).name}: {length} bytes too many"
         else:
             text = f"option {option:#x} is not supported"
         self._error(option, rep, text)
@@ -359,7 +363,6 @@ class Handshake:
         return Disconnected(True, "the client aborted the handshake")
 
     def _list(self, data: bytes | memoryview) -> OptionEvent:
-        _Cursor(data).end()
         for name, description in self._catalog.listing():
             raw = encode(name)
             about = display(description)
@@ -368,7 +371,6 @@ class Handshake:
         return None
 
     def _starttls(self, data: bytes | memoryview) -> OptionEvent:
-        _Cursor(data).end()
         if self._tls is TlsMode.OFF:
             # Known, but not wanted here; qemu-nbd answers alike.
             self._error(Opt.STARTTLS, Rep.ERR_POLICY, "this server does not offer TLS")
@@ -396,7 +398,6 @@ class Handshake:
         return None
 
     def _structured_reply(self, data: bytes | memoryview) -> OptionEvent:
-        _Cursor(data).end()
         if self.style is HeaderStyle.EXTENDED:
             self._error(
                 Opt.STRUCTURED_REPLY, Rep.ERR_EXT_HEADER_REQD, "extended headers are already agreed upon"
@@ -409,7 +410,6 @@ class Handshake:
         return None
 
     def _extended_headers(self, data: bytes | memoryview) -> OptionEvent:
-        _Cursor(data).end()
         if self.style is HeaderStyle.EXTENDED:
             self._error(Opt.EXTENDED_HEADERS, Rep.ERR_INVALID, "extended headers are already agreed upon")
         else:
@@ -481,7 +481,10 @@ class Handshake:
         """The export, or None if the option was answered: it cannot be told of."""
         info = self._lookup(name)
         if info is Absent.NEEDS_TLS:
-            self._error(option, Rep.ERR_TLS_REQD, f"export {_shown(name)} is for clients with TLS")
+            # "MUST NOT send NBD_REP_ERR_TLS_REQD in response to any option other than" those which enter it:
+            # where TLS is optional it would say that no option at all works without.
+            rep = Rep.ERR_TLS_REQD if option in (Opt.INFO, Opt.GO) else Rep.ERR_POLICY
+            self._error(option, rep, f"export {_shown(name)} is for clients with TLS")
             return None
         if info is None:
             self._error(option, Rep.ERR_UNKNOWN, f"no export {_shown(name)}")
@@ -524,6 +527,9 @@ class Handshake:
     def _error(self, option: int, rep: Rep, text: str) -> None:
         self.out.append(OptionReply.pack(option, rep, display(text)))
 
+
+WITHOUT_DATA = frozenset({Opt.LIST, Opt.STARTTLS, Opt.STRUCTURED_REPLY, Opt.EXTENDED_HEADERS})
+"""Options that "MUST NOT" have data: it is thrown away, however long it is, and refused."""
 
 OPTION_HANDLERS: dict[int, Callable[[Handshake, bytes | memoryview], OptionEvent]] = {
     Opt.EXPORT_NAME: Handshake._export_name,

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[bytes, list[tuple[int, int]]]] = {
     "abort_announcing_4_gib": (opt(2, length=0xFFFFFFFF), [(2, Rep.ACK)]),
     "list": (opt(3), [(3, Rep.SERVER)] * 4 + [(3, Rep.ACK)]),
     "list_with_data": (opt(3, b"x"), [(3, INVALID)]),
+    "list_with_very_much_data": (opt(3, bytes((1 << 20) + 1)), [(3, INVALID)]),
     "peek_export": (opt(4), [(4, Rep.ERR_UNSUP)]),
     "starttls": (opt(5), [(5, Rep.ERR_POLICY)]),
     "starttls_with_data": (opt(5, b"x"), [(5, INVALID)]),
@@ -508,18 +509,22 @@ class TestUnopened:
 
 class TestOnlyWithTls:
     @pytest.mark.parametrize(
-        ("option", "data"),
+        ("option", "data", "reply"),
         [
-            (Opt.INFO, info_data("secret")),
-            (Opt.GO, info_data("secret")),
-            (Opt.LIST_META_CONTEXT, meta_data("secret")),
+            (Opt.INFO, info_data("secret"), Rep.ERR_TLS_REQD),
+            (Opt.GO, info_data("secret"), Rep.ERR_TLS_REQD),
+            # TLS_REQD would say that nothing at all works without TLS.
+            (Opt.LIST_META_CONTEXT, meta_data("secret"), Rep.ERR_POLICY),
+            (Opt.SET_META_CONTEXT, meta_data("secret", "base:allocation"), Rep.ERR_POLICY),
         ],
-        ids=["info", "go", "list-meta-context"],
+        ids=["info", "go", "list-meta-context", "set-meta-context"],
     )
-    def test_refused(self, option: Opt, data: bytes) -> None:
+    def test_refused(self, option: Opt, data: bytes, reply: Rep) -> None:
         _, protocol = late()
+        assert protocol.receive_data(opt(Opt.STRUCTURED_REPLY)) == []
+        sent(protocol)
         assert protocol.receive_data(opt(option, data)) == []
-        assert kinds(sent(protocol)) == [(option, Rep.ERR_TLS_REQD)]
+        assert kinds(sent(protocol)) == [(option, reply)]
 
     def test_export_name_disconnects(self) -> None:
         _, protocol = late()
