@@ -184,7 +184,8 @@ class Requests:
             if negotiated.extended or length > self._limits.max_drained:
                 self._refuse(request, refusal)
                 raise ProtocolViolation(refusal.text)
-            self._drain(request, refusal)
+            # Who may not write at all, or not there, is told that rather than to cut it up.
+            self._drain(request, self._judge.check(request) or refusal)
             return at
         if command == Cmd.WRITE:
             return self._write_request(request, at, end, events)

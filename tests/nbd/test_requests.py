@@ -244,16 +244,26 @@ def test_events_own_their_payload() -> None:
 
 
 @pytest.mark.parametrize("style", [SIMPLE, STRUCTURED], ids=lambda style: style.name.lower())
-@pytest.mark.parametrize("info", [SCRATCH, DISK], ids=["writable", "read_only"])
-def test_oversize_write_is_drained(style: HeaderStyle, info: ExportInfo) -> None:
+@pytest.mark.parametrize(
+    ("info", "offset", "error"),
+    [
+        (SCRATCH, 0, NbdErrno.EINVAL),
+        (SCRATCH, SCRATCH.size - 99_999, NbdErrno.ENOSPC),
+        (DISK, 0, NbdErrno.EPERM),
+    ],
+    ids=["writable", "past_the_end", "read_only"],
+)
+def test_oversize_write_is_drained(
+    style: HeaderStyle, info: ExportInfo, offset: int, error: NbdErrno
+) -> None:
     limits = Limits(max_payload=65536, max_drained=1 << 20)
     info = replace(info, preferred_block=4096)
     protocol = serving(info, style, limits=limits)
-    assert protocol.receive_data(request(style, Cmd.WRITE, 1, 0, 100_000, 0, bytes(50_000))) == []
+    assert protocol.receive_data(request(style, Cmd.WRITE, 1, offset, 100_000, 0, bytes(50_000))) == []
     assert protocol.data_to_send() == []
     assert protocol.receive_data(bytes(49_999)) == []
     assert protocol.receive_data(bytes(1) + request(style, Cmd.READ, 2, 0, 1)) == [Read(2, 0, 1, NONE)]
-    assert errors(b"".join(protocol.data_to_send())) == [(1, NbdErrno.EINVAL)]
+    assert errors(b"".join(protocol.data_to_send())) == [(1, error)]
 
 
 @pytest.mark.parametrize(
