@@ -32,7 +32,7 @@ from nbdbm.nbd.client import (
     Ready,
     Reply,
 )
-from nbdbm.nbd.constants import CmdFlag
+from nbdbm.nbd.constants import MAX_PAYLOAD, CmdFlag
 from nbdbm.uri import NbdUri
 
 DEFAULT_TIMEOUT = 60.0
@@ -305,7 +305,8 @@ class NbdClient:
 
     @property
     def _max_payload(self) -> int:
-        return self.export.maximum_payload
+        # 0xffffffff is legal and says that there is no limit; we have one.
+        return min(self.export.maximum_payload, MAX_PAYLOAD)
 
     @property
     def _max_length(self) -> int:

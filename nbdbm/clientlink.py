@@ -292,6 +292,7 @@ class Link(asyncio.BufferedProtocol):
         try:
             events = self._core.buffer_updated(nbytes)
         except NbdError as error:
+            self._send()  # the goodbye, if there is one
             self.give_up(str(error), error.errno)
             return
         for event in events:

@@ -119,6 +119,18 @@ def test_long_requests_are_split_for_32_bit_headers(tmp_path: Path) -> None:
     run(main())
 
 
+def test_a_server_without_a_limit_gets_no_more_at_once_than_others(tmp_path: Path) -> None:
+    async def main() -> None:
+        disk = DiskServer(size=1 << 30, maximum_payload=0xFFFFFFFF)
+        async with connected(tmp_path, disk) as client:
+            assert client.export.maximum_payload == 0xFFFFFFFF
+            await client.cache(0, 100 << 20)
+        lengths = [c.length for c in disk.commands if isinstance(c, events.Cache)]
+        assert lengths == [32 << 20, 32 << 20, 32 << 20, 4 << 20]
+
+    run(main())
+
+
 def test_the_handshake_can_be_asked(tmp_path: Path) -> None:
     async def main() -> None:
         disk = DiskServer()

@@ -225,6 +225,24 @@ def test_bad_greetings(tmp_path: Path, case: str) -> None:
     run(main())
 
 
+def test_a_server_that_requires_tls_is_left_politely(tmp_path: Path) -> None:
+    heard = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(Greeting.newstyle(3).pack())
+        await reader.readexactly(CLIENT_FLAGS.size + OPTION.size)
+        writer.write(OptionReply.pack(Opt.EXTENDED_HEADERS, Rep.ERR_TLS_REQD))
+        heard.extend(await reader.read())
+
+    async def main() -> None:
+        async with serving(tmp_path, serve) as uri:
+            with pytest.raises(NbdError, match="requires TLS"):
+                await NbdClient.connect(uri, timeout=5)
+        assert heard == OptionRequest.pack(Opt.ABORT)
+
+    run(main())
+
+
 def test_a_silent_server(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

@@ -319,11 +319,18 @@ class ClientHandshake(Receiver):
             raise NbdError(f"the server lists more than {self._limits.max_listed} names")
 
     def _option_refused(self, option: Opt, error: int, data: bytes, events: list[ClientEvent]) -> None:
+        # A server that did nothing wrong is left with NBD_OPT_ABORT ("a soft disconnect"); ``data_to_send``
+        # has it, also where an error is raised.
         if option is Opt.STARTTLS:
+            self.abort()
             raise NbdError(f"the server refuses TLS: {_refusal(error, data)}")
         if self.state is ClientState.AGREEING:
             if error == Rep.ERR_TLS_REQD:
+                self.abort()
                 raise NbdError("the server requires TLS: nbds:// or nbds+unix://")
+            if error == Rep.ERR_SHUTDOWN:
+                self.abort()
+                raise NbdError(f"the server is shutting down: {_refusal(error, data)}")
             self._agreed(False, events)
             return
         if option is Opt.GO and error == Rep.ERR_UNSUP and not self.extended:

@@ -52,6 +52,19 @@ def asked(protocol: ClientProtocol) -> bytes:
     return b"".join(protocol.data_to_send())
 
 
+ABORT = b"IHAVEOPT" + struct.pack(">II", Opt.ABORT, 0)
+
+
+@pytest.mark.parametrize("option", [11, 8])
+def test_a_server_that_shuts_down_is_left(option: int) -> None:
+    made = ClientProtocol()
+    made.receive_data(GREETING + (rep(11, Rep.ERR_UNSUP) if option == 8 else b""))
+    asked(made)
+    with pytest.raises(NbdError, match="shutting down: see you"):
+        made.receive_data(rep(option, Rep.ERR_SHUTDOWN, b"see you"))
+    assert asked(made) == ABORT
+
+
 AGREEMENTS: dict[str, tuple[bool, bool, bytes, HandshakeReady, list[int]]] = {
     "extended": (True, True, rep(11, 1), HandshakeReady(True, True), [11]),
     "structured_instead": (
@@ -397,14 +410,18 @@ class TestStartTls:
     )
     def test_refused(self, error: int, data: bytes, text: str) -> None:
         made = self.asking()
+        asked(made)
         with pytest.raises(NbdError, match=f"refuses TLS: {text}"):
             made.receive_data(rep(5, error, data))
+        assert asked(made) == ABORT
 
     def test_required_and_not_wanted(self) -> None:
         made = ClientProtocol()
         made.receive_data(GREETING)
+        asked(made)
         with pytest.raises(NbdError, match="requires TLS"):
             made.receive_data(rep(11, Rep.ERR_TLS_REQD))
+        assert asked(made) == ABORT
 
     def test_server_without_options(self) -> None:
         with pytest.raises(NbdError, match="too old for TLS"):

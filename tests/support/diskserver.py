@@ -15,7 +15,8 @@ from nbdbm.client import NbdClient
 from nbdbm.extents import ExtentList
 from nbdbm.nbd import events
 from nbdbm.nbd.catalog import ExportInfo
-from nbdbm.nbd.constants import NbdErrno, TransmissionFlag
+from nbdbm.nbd.constants import MAX_PAYLOAD, NbdErrno, TransmissionFlag
+from nbdbm.nbd.limits import Limits
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.uri import NbdUri
 
@@ -74,6 +75,7 @@ class DiskServer:
             maximum_payload=maximum_payload,
             contexts=("base:allocation", DIRTY),
         )
+        self.limits = Limits(max_payload=max(maximum_payload, MAX_PAYLOAD))
         self.answer = answer
         self.extent_cap = extent_cap
         self.answer_length = answer_length
@@ -81,7 +83,7 @@ class DiskServer:
         self.goodbyes = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        core = ServerProtocol(OneExport(self.info))
+        core = ServerProtocol(OneExport(self.info), limits=self.limits)
         while not core.closed:
             for part in core.data_to_send():
                 writer.write(bytes(part))
