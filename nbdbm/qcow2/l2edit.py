@@ -78,6 +78,8 @@ class L2Editor:
     def _allocated_run(self, bitmap: int, within: int, length: int) -> int:
         """How many of ``length`` bytes from ``within`` the cluster on are in allocated subclusters."""
         shift = self.geometry.subcluster_bits
+        if bitmap & bitmap >> 32:
+            return 0  # both allocated and zero: not to be read, so nothing is to be written there
         if bitmap & ALL == ALL:
             return length
         first = within >> shift

@@ -132,6 +132,28 @@ def test_bits_that_are_not_counted_are_not_overwritten(base: Path, tmp_path: Pat
     assert images_of(path)[8 * MIB : 12 * MIB] == b"\xdd" * (4 * MIB)
 
 
+def test_what_cannot_be_read_cannot_be_written(tmp_path: Path) -> None:
+    """A subcluster that is both allocated and zero: QEMU refuses either, too."""
+    path = tmp_path / "disk.qcow2"
+    qemu.SYSTEM.img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on", path, 4 * MIB)
+    qemu.SYSTEM.io(path, "write -q -P 1 0 128k")
+    patch(path, l2_table(path) + 8, struct.pack(">II", 1 << 4, 0xFFFF_FFFF))
+    before = path.read_bytes()
+    with servers.nbdbm(path, writable=True) as server:
+        nbd = libnbd.module()
+        h = nbd.NBD()
+        h.connect_uri(server.uri)
+        for request in (lambda: h.pread(512, 0), lambda: h.pwrite(MINE[:512], 0), lambda: h.pwrite(MINE, 0)):
+            with pytest.raises(nbd.Error) as failed:
+                request()
+            assert failed.value.errno == "EIO"
+        assert h.pread(512, CLUSTER) == b"\1" * 512
+        h.shutdown()
+    assert path.read_bytes() == before
+    done = qemu.run(qemu.SYSTEM.argv("qemu-io", "-f", "qcow2", "-c", "write 0 512", path), check=False)
+    assert "failed: Input/output error" in done.stdout + done.stderr
+
+
 def errors(said: str) -> int:
     """How many errors ``qemu-img check`` has found, leaks left out."""
     return sum(line.startswith("ERROR") for line in said.splitlines())

@@ -127,6 +127,8 @@ def test_in_place_in_a_data_file_is_at_the_guests_own_offset() -> None:
         (0xFFFF_FFFF ^ 1 << 5, 0, C, 5 * S),
         (0xFFFF_FFFF ^ 1 << 5, 0, 3 * S, 3 * S),
         (0b10 | 0b1 << 32, 0, 2 * S, 0),
+        (0b11 | 0b10 << 32, 0, S, 0),  # one of them is both, so reading refuses all of it
+        (0xFFFF_FFFF_FFFF_FFFF, 0, C, 0),
     ],
 )
 def test_in_place_with_subclusters(bitmap: int, within: int, length: int, usable: int) -> None:
