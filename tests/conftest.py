@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if marks.peers_are_required():
                 pytest.fail(f"{peer}: {reason} (make peers installs it)", pytrace=False)
             pytest.skip(f"{peer}: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process if a test does not end after its time-out either.
+
+    The time-out is an exception out of a signal's handler: an event loop that happens to be in a callback
+    takes it for the callback's failure, loses what was to come next, and waits for ever.
+    """
+    mark = item.get_closest_marker("timeout")
+    seconds = mark.args[0] if mark is not None else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(2 * seconds + 120, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
