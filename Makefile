@@ -61,9 +61,9 @@ bench-doc: $(DEV_STAMP)
 man: $(USER_STAMP)
 	$(BIN)/python -m scripts.manpages build/man
 
-## make deb       a Debian package with all that it needs, into dist
+## make deb       a Debian package with all that it needs, into dist; MAINTAINER="Jane Doe <jane@example.org>"
 deb: $(USER_STAMP)
-	$(BIN)/python -m scripts.deb dist
+	$(BIN)/python -m scripts.deb $(if $(MAINTAINER),--maintainer '$(MAINTAINER)') dist
 
 ## make picture   the picture in docs/architecture.md, from the imports of the package
 picture: $(BIN)/python

@@ -1,4 +1,4 @@
-"""The Debian package, with the Python packages it needs inside it: deb.py [--python PYTHON] DIRECTORY
+"""The Debian package, with the Python packages it needs inside it: deb.py DIRECTORY
 
 pip brings what is needed from PyPI, and dpkg-deb packs it; run by ``make deb``. The package is for the minor
 version of PYTHON (/usr/bin/python3) and for this machine's architecture. $SOURCE_DATE_EPOCH is the time of
@@ -19,7 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nbdbm import __version__
 from nbdbm.cli import PROGRAM
@@ -37,11 +40,14 @@ COMPLETIONS = {
 }
 MAINTAINER_SCRIPTS = ("postinst", "prerm", "postrm")
 
+MAINTAINER = "whoever built this package <root@localhost>"
+"""Unless pyproject.toml or the one who builds it knows better."""
+
 CONTROL = """\
 Package: nbdbm
 Version: {version}
 Architecture: {architecture}
-Maintainer: The nbdbm developers <nbdbm@localhost>
+Maintainer: {maintainer}
 Section: admin
 Priority: optional
 Installed-Size: {size}
@@ -71,6 +77,21 @@ def moment() -> int:
         return int(said("git", "log", "-1", "--format=%ct"))
     except (OSError, subprocess.CalledProcessError):  # not a checkout, or not our own
         return int(time.time())
+
+
+def maintainer(project: Mapping[str, Any]) -> str:
+    """Whom users of the package write to, as its metadata (pyproject.toml's ``project``) say."""
+    for who in (*project.get("maintainers", ()), *project.get("authors", ())):
+        if "name" in who and "email" in who:
+            return f"{who['name']} <{who['email']}>"
+    return MAINTAINER
+
+
+def judge_maintainer(text: str) -> str:
+    """The value of ``--maintainer`` if dpkg takes it; raises ArgumentTypeError."""
+    if not re.fullmatch(r"[^<>\n]+ <[^<>@\s]+@[^<>@\s]+>", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be as 'Jane Doe <jane@example.org>'")
+    return text
 
 
 def put(stage: Path, name: str, content: str | bytes) -> None:
@@ -137,7 +158,7 @@ def settle(stage: Path, seconds: int) -> None:
         os.utime(path, (seconds, seconds))
 
 
-def control(stage: Path, architecture: str, python: str) -> None:
+def control(stage: Path, architecture: str, python: str, maintained_by: str) -> None:
     """What dpkg is told, after everything else is there."""
     files = sorted(path for path in stage.rglob("*") if path.is_file())
     minor = said(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -149,6 +170,7 @@ def control(stage: Path, architecture: str, python: str) -> None:
         CONTROL.format(
             version=__version__,
             architecture=architecture,
+            maintainer=maintained_by,
             size=size,
             minor=minor,
             next=f"{major}.{int(number) + 1}",
@@ -163,7 +185,7 @@ def control(stage: Path, architecture: str, python: str) -> None:
         put(stage, f"DEBIAN/{name}", (PACKAGING / "debian" / name).read_bytes())
 
 
-def build(directory: Path, python: str = "/usr/bin/python3") -> Path:
+def build(directory: Path, python: str = "/usr/bin/python3", maintained_by: str = MAINTAINER) -> Path:
     """Make the package in ``directory``; return it."""
     seconds = moment()
     os.environ["SOURCE_DATE_EPOCH"] = str(seconds)  # for dpkg-deb and for the dates of the manual pages
@@ -178,7 +200,7 @@ def build(directory: Path, python: str = "/usr/bin/python3") -> Path:
         # What is compiled notes the time of its source, so that a changed source is compiled anew.
         words = ["-m", "compileall", "-q", "--invalidation-mode", "timestamp", "-s", str(stage), "-p", "/"]
         subprocess.run([python, *words, str(stage / LIBRARY)], check=True)
-        control(stage, architecture, python)
+        control(stage, architecture, python, maintained_by)
         settle(stage, seconds)
         subprocess.run(
             ["dpkg-deb", "--root-owner-group", "--build", stage, package],
@@ -191,9 +213,14 @@ def build(directory: Path, python: str = "/usr/bin/python3") -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--python", default="/usr/bin/python3", help="the Python that will run it")
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        known = maintainer(tomllib.load(file)["project"])
+    parser.add_argument(
+        "--maintainer", type=judge_maintainer, default=known, help="NAME <MAIL>: who answers for it"
+    )
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args()
     for program in ("dpkg", "dpkg-deb", arguments.python):
         if shutil.which(program) is None:
             sys.exit(f"deb: {program} is needed, and not there")
-    print(build(arguments.directory, arguments.python))
+    print(build(arguments.directory, arguments.python, arguments.maintainer))

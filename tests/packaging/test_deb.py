@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import os
 import re
@@ -19,6 +20,8 @@ from tests.support.marks import requires
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = [ROOT / "packaging/debian" / name for name in deb.MAINTAINER_SCRIPTS]
 
+MAINTAINER = "Jane O. Doe <jane@example.org>"
+
 BUILD_TIME = 200
 """Seconds; alone it takes 13, most of them for bytecode and compression."""
 
@@ -27,6 +30,18 @@ BUILD_TIME = 200
 def test_a_shell_can_read_the_maintainer_scripts(script: Path) -> None:
     done = subprocess.run(["sh", "-n", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_maintainer() -> None:
+    assert deb.maintainer({}) == deb.maintainer({"authors": [{"name": "No Mail"}]}) == deb.MAINTAINER
+    somebody = {"name": "A", "email": "a@b.c"}
+    assert deb.maintainer({"authors": [{"name": "No Mail"}, somebody]}) == "A <a@b.c>"
+    assert deb.maintainer({"authors": [somebody], "maintainers": [{**somebody, "name": "M"}]}) == "M <a@b.c>"
+    for good in (deb.MAINTAINER, MAINTAINER, deb.maintainer({"authors": [somebody]})):
+        assert deb.judge_maintainer(good) == good
+    for bad in ("", "Jane", "jane@example.org", "<jane@example.org>", "Jane <jane>", "A <a@b.c>\nX: y"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            deb.judge_maintainer(bad)
 
 
 def the_list_is_tidy(package: Path) -> None:
@@ -43,10 +58,11 @@ def the_list_is_tidy(package: Path) -> None:
 
 
 def the_control_files_are_true(package: Path, root: Path, scratch: Path) -> None:
-    fields = qemu.run(["dpkg-deb", "-f", str(package), "Version", "Architecture", "Depends"]).stdout
+    names = ["Version", "Architecture", "Maintainer", "Depends"]
+    fields = qemu.run(["dpkg-deb", "-f", str(package), *names]).stdout
     architecture = qemu.run(["dpkg", "--print-architecture"]).stdout.strip()
     minor = int(qemu.run(["/usr/bin/python3", "-c", "import sys; print(sys.version_info[1])"]).stdout)
-    assert f"Version: {__version__}\nArchitecture: {architecture}\n" in fields
+    assert f"Version: {__version__}\nArchitecture: {architecture}\nMaintainer: {MAINTAINER}\n" in fields
     assert f"python3 (>= 3.{minor}), python3 (<< 3.{minor + 1}), libc6 (>= " in fields
     qemu.run(["dpkg-deb", "-e", str(package), str(scratch)])
     assert (scratch / "conffiles").read_text() == "/etc/nbdbm/nbdbm.toml\n"
@@ -114,7 +130,8 @@ def it_serves(root: Path, scratch: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(BUILD_TIME + 60)
 def test_the_package(tmp_path: Path) -> None:
-    done = qemu.run([sys.executable, "-m", "scripts.deb", str(tmp_path / "dist")], timeout=BUILD_TIME)
+    command = [sys.executable, "-m", "scripts.deb", "--maintainer", MAINTAINER, str(tmp_path / "dist")]
+    done = qemu.run(command, timeout=BUILD_TIME)
     [package] = (tmp_path / "dist").iterdir()
     assert done.stdout.splitlines() == [str(package)]
     root = tmp_path / "root"
