@@ -11,14 +11,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nbdbm import __version__
-from nbdbm.metrics import Tally, total
+from nbdbm.metrics import Tally
 from nbdbm.registry import Slot
+from nbdbm.server.account import Totals
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.responder import Talk
 from nbdbm.server.server import Server
+from nbdbm.server.turns import Turns
 
 STATUS = "nbdbm-status"
 
@@ -30,6 +33,10 @@ MAX_BITMAPS = 100
 
 MAX_CONTEXTS = 16
 """Contexts of one client that it has; ``contexts_more`` counts the others."""
+
+
+AT_ONCE = 64 * 1024
+"""Characters of an answer that are made before they are sent."""
 
 
 class Refusal(Exception):
@@ -49,24 +56,40 @@ def control(server: Server) -> Talk:
                 line = await reader.readline()
             except ValueError:
                 # Where the next line begins is not known.
-                writer.write(_packed(_error(Refusal("the line is too long"))))
+                writer.write(json.dumps(_error(Refusal("the line is too long"))).encode() + b"\n")
                 return
             if not line:
                 return
             if line.strip():
-                writer.write(_packed(answer(server, line)))
-                await writer.drain()
+                await _say(answer(server, line), writer)
 
     return talk
 
 
-def answer(server: Server, line: bytes) -> dict[str, Any]:
-    """What is said to one line."""
+async def _say(text: Iterator[str], writer: asyncio.StreamWriter) -> None:
+    """Send a line, made in small steps, no faster than it is taken."""
+    turns, held = Turns(), 0
+    for piece in text:
+        writer.write(piece.encode())
+        held += len(piece)
+        if held >= AT_ONCE:
+            await writer.drain()
+            held = 0
+        await turns.step()
+    writer.write(b"\n")
+    await writer.drain()
+
+
+def answer(server: Server, line: bytes) -> Iterator[str]:
+    """What is said to one line: JSON, in pieces that take little time each."""
     try:
         _judge(line)
     except Refusal as refusal:
-        return _error(refusal)
-    return {"return": status(server)}
+        yield json.dumps(_error(refusal))
+        return
+    yield '{"return": '
+    yield from status(server)
+    yield "}"
 
 
 def _judge(line: bytes) -> None:
@@ -87,12 +110,10 @@ def _error(refusal: Refusal) -> dict[str, Any]:
     return {"error": {"class": refusal.kind, "desc": str(refusal)}}
 
 
-def _packed(value: dict[str, Any]) -> bytes:
-    return json.dumps(value).encode() + b"\n"
+def status(server: Server) -> Iterator[str]:
+    """The server as a JSON object, each part as it is when its turn comes.
 
-
-def status(server: Server) -> dict[str, Any]:
-    """The server as it is now. Sizes are bytes; keys are only ever added.
+    Sizes are bytes; keys are only ever added.
 
     ``exports``: ``name``, ``description``, ``open``, ``mode`` (``read-only``, ``writable``; null while it
     is not open, as are ``size``, ``bitmaps`` and ``caches``), ``clients`` (connected now), and what was done
@@ -102,20 +123,30 @@ def status(server: Server) -> dict[str, Any]:
     ``operations`` ... as above, ``in_flight`` (requests), ``memory``.
     """
     slots, clients = list(server.registry.slots()), list(server.clients)
-    made: dict[str, Any] = {
+    totals = Totals(server.metrics, [each.account for each in clients])
+    head: dict[str, Any] = {
         "version": __version__,
         "state": "serving" if server.serving else "stopping" if server.closing else "starting",
         "time": round(time.time(), 3),
         "connections": len(clients),
         "connections_total": server.metrics.accepted,
         "connections_refused": server.metrics.refused,
-        "exports": [_export(server, slot, clients) for slot in slots[:MAX_LISTED]],
-        "clients": [_client(each) for each in clients[:MAX_LISTED]],
     }
     for key, count in (("exports_more", len(slots)), ("clients_more", len(clients))):
         if count > MAX_LISTED:
-            made[key] = count - MAX_LISTED
-    return made
+            head[key] = count - MAX_LISTED
+    yield json.dumps(head)[:-1]
+    yield from _listed("exports", (_export(slot, totals) for slot in slots[:MAX_LISTED]))
+    yield from _listed("clients", (_client(each) for each in clients[:MAX_LISTED]))
+    yield "}"
+
+
+def _listed(key: str, values: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A member of an object, after others."""
+    yield f', "{key}": ['
+    for index, value in enumerate(values):
+        yield ", " * bool(index) + json.dumps(value)
+    yield "]"
 
 
 def _done(tally: Tally) -> dict[str, Any]:
@@ -127,18 +158,16 @@ def _done(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _export(server: Server, slot: Slot, clients: list[NbdConnection]) -> dict[str, Any]:
+def _export(slot: Slot, totals: Totals) -> dict[str, Any]:
     name, export = slot.source.name, slot.export
-    users = [each.account.tally for each in clients if each.account.export == name]
-    past = server.metrics.exports.get(name)
-    tally = total(each for each in (past, *users) if each is not None)
+    tally, users = totals.of(name)
     made: dict[str, Any] = {
         "name": name,
         "description": slot.source.description,
         "open": export is not None,
         "mode": None if export is None else "read-only" if export.read_only else "writable",
         "size": None if export is None else export.info.size,
-        "clients": len(users),
+        "clients": users,
         **_done(tally),
         "bitmaps": None,
         "caches": None,

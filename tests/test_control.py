@@ -10,15 +10,22 @@ from typing import Any
 import pytest
 
 from nbdbm.client import NbdClient
-from nbdbm.control import answer, control
+from nbdbm.control import MAX_LISTED, answer, control
+from nbdbm.exports import Export
 from nbdbm.metrics import BitmapFigures
 from nbdbm.server.listener import UnixListener
 from nbdbm.server.responder import MAX_REQUEST, Responder
+from nbdbm.server.server import Server
 from tests.server.memimage import MemoryImage
 from tests.server.running import running
 
 ASK = b'{"execute": "nbdbm-status"}\n'
 TIMEOUT = 30
+
+
+def said(server: Server, line: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads("".join(answer(server, line)))
+    return found
 
 
 class Figured(MemoryImage):
@@ -32,7 +39,7 @@ def test_status(tmp_path: Path) -> None:
             for _ in range(5):
                 await client.read(0, 4096)
             for connected in (1, 0):
-                found: dict[str, Any] = answer(server, ASK)["return"]
+                found: dict[str, Any] = said(server, ASK)["return"]
                 (export,) = found["exports"]
                 assert (export["name"], export["description"], export["mode"]) == ("disk", "d", "read-only")
                 assert (export["size"], export["clients"]) == (1 << 20, connected)
@@ -55,6 +62,19 @@ def test_status(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_many_exports_in_many_small_steps(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(Figured(bytes(4096)), tmp_path) as (server, _):
+            for number in range(MAX_LISTED + 5):
+                server.registry.add(Export.of(Figured(bytes(4096)), name=str(number)))  # type: ignore[arg-type]
+            pieces = list(answer(server, ASK))
+            found = json.loads("".join(pieces))["return"]
+            assert len(found["exports"]) == MAX_LISTED and found["exports_more"] == 6
+            assert max(map(len, pieces)) < 20_000, "an export with its bitmaps"
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("line", "desc"),
     [
@@ -71,7 +91,7 @@ def test_status(tmp_path: Path) -> None:
 def test_refusals(line: bytes, desc: str, tmp_path: Path) -> None:
     async def main() -> None:
         async with running(MemoryImage(bytes(4096)), tmp_path) as (server, _):
-            error = answer(server, line)["error"]
+            error = said(server, line)["error"]
             assert desc in error["desc"] and error.keys() == {"class", "desc"}
             assert error["class"] == ("CommandNotFound" if "command" in desc else "GenericError")
 

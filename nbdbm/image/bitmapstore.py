@@ -18,9 +18,9 @@ import asyncio
 import logging
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from nbdbm.bitmaps.dirty import DirtyBitmap
 from nbdbm.bitmaps.tracker import (
@@ -255,18 +255,9 @@ class BitmapStore:
         """Whether the bits in memory, if any, are all of them."""
         return bitmap not in self._partial
 
-    def figures(self) -> list[BitmapFigures]:
-        """Every bitmap as it is now; nothing is loaded for it."""
-        return [
-            BitmapFigures(
-                bitmap.name,
-                bitmap.state.value,
-                bitmap.enabled,
-                bitmap.granularity,
-                bitmap.bits.dirty_bytes() if bitmap.bits is not None and self.complete(bitmap) else None,
-            )
-            for bitmap in self.tracker
-        ]
+    def figures(self) -> Sequence[BitmapFigures]:
+        """Every bitmap as it is when it is looked at: there may be 65535. Nothing is loaded for it."""
+        return _Figures(self)
 
     async def bits(self, name: str) -> DirtyBitmap:
         """The bits of this bitmap, loaded on first need; concurrent callers share one load.
@@ -355,3 +346,35 @@ class BitmapStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Figures(Sequence[BitmapFigures]):
+    """What is said of each bitmap, made when it is asked for."""
+
+    def __init__(self, store: BitmapStore) -> None:
+        self._store = store
+        self._bitmaps = list(store.tracker)
+
+    def __len__(self) -> int:
+        return len(self._bitmaps)
+
+    @overload
+    def __getitem__(self, index: int) -> BitmapFigures: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[BitmapFigures]: ...
+
+    def __getitem__(self, index: int | slice) -> BitmapFigures | list[BitmapFigures]:
+        if isinstance(index, slice):
+            return [self._of(bitmap) for bitmap in self._bitmaps[index]]
+        return self._of(self._bitmaps[index])
+
+    def _of(self, bitmap: TrackedBitmap) -> BitmapFigures:
+        bits = bitmap.bits if self._store.complete(bitmap) else None
+        return BitmapFigures(
+            bitmap.name,
+            bitmap.state.value,
+            bitmap.enabled,
+            bitmap.granularity,
+            None if bits is None else bits.dirty_bytes(),
+        )

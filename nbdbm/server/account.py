@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from nbdbm.metrics import GOOD, UNKNOWN_EXPORT, Ending, Metrics, Tally
+from nbdbm.metrics import GOOD, UNKNOWN_EXPORT, Ending, Metrics, Tally, total
 from nbdbm.nbd.constants import Cmd, NbdErrno
 from nbdbm.peer import Peer
 
@@ -33,12 +33,12 @@ class Account:
     """Begins with the connection; ``enter`` when it has an export, ``end`` at every cause, ``close`` last."""
 
     __slots__ = (
-        "_closed",
         "_ending",
         "_metrics",
         "_reason",
         "_turned_away",
         "began",
+        "closed",
         "contexts",
         "export",
         "tally",
@@ -49,7 +49,8 @@ class Account:
         self._ending: Ending | None = None
         self._reason = ""
         self._turned_away = False
-        self._closed = False
+        self.closed = False
+        """Its Tally is part of its export's."""
         self.began = time.monotonic()
         self.export: str | None = None
         """Its name, one of ours; None until the handshake is over."""
@@ -78,9 +79,9 @@ class Account:
 
     def close(self, peer: Peer) -> None:
         """Nothing is left of the connection: add it to the sums, and log it. Idempotent."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         ending = self._ending or Ending.DISCONNECTED
         self._metrics.ends[ending.value] += 1
         seconds = time.monotonic() - self.began
@@ -124,3 +125,28 @@ class Account:
             how,
             extra={"fields": fields, "burst": BURST},
         )
+
+
+class Totals:
+    """What was done with each export by connections that have ended, and by those that have not.
+
+    May be asked over several turns of the event loop: a connection that ends meanwhile is counted once.
+    """
+
+    def __init__(self, metrics: Metrics, accounts: Iterable[Account]) -> None:
+        self._metrics = metrics
+        self._users: dict[str, list[Account]] = {}
+        for account in accounts:
+            if account.export is not None:
+                self._users.setdefault(account.export, []).append(account)
+
+    def of(self, export: str) -> tuple[Tally, int]:
+        """The sum, and how many connections there are."""
+        past = self._metrics.exports.get(export)
+        present = [
+            account.tally
+            for account in self._users.get(export, ())
+            if account.tally is not None and not account.closed
+        ]
+        tallies = present if past is None else [past, *present]
+        return (tallies[0] if len(tallies) == 1 else total(tallies)), len(present)

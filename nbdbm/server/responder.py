@@ -30,6 +30,9 @@ MAX_SECONDS = 5.0
 SKIPPED = 64 * 1024
 """Bytes after a request that are read and thrown away, so that the answer is not lost to a reset."""
 
+PIECE = 256 * 1024
+"""Bytes of a page that are sent in one turn of the event loop."""
+
 PAUSE = 1.0
 """Seconds without accepting after the system ran out of descriptors or memory."""
 
@@ -157,8 +160,10 @@ def http(pages: Pages) -> Talk:
         with suppress(asyncio.IncompleteReadError):  # nobody is left to be answered
             method, page = await _answer(pages, reader)
             writer.write(_head(page))
-            if method != "HEAD":
-                writer.write(page.content)
+            content = memoryview(page.content if method != "HEAD" else b"")
+            for start in range(0, len(content), PIECE):
+                writer.write(content[start : start + PIECE])
+                await writer.drain()  # what is not taken at once would be copied
 
     return talk
 

@@ -13,9 +13,9 @@ import pytest
 
 from nbdbm.config import ServerConfig
 from nbdbm.metrics import Metrics, total
-from nbdbm.peer import Peer
+from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.server import account
-from nbdbm.server.account import Account
+from nbdbm.server.account import Account, Totals
 from nbdbm.server.server import Server
 from tests.server.memimage import MemoryImage, WritableImage
 from tests.server.rawclient import (
@@ -286,3 +286,19 @@ def test_many_contexts_are_not_all_named(lines: Any) -> None:
     (line,) = lines()
     assert len(line["contexts"]) == account.SHOWN
     assert line["contexts_more"] == 1000 - account.SHOWN
+
+
+class TestTotals:
+    def test_a_connection_that_ends_between_two_looks_is_counted_once(self) -> None:
+        metrics = Metrics()
+        first, second, idle = Account(metrics), Account(metrics), Account(metrics)
+        for each in (first, second):
+            each.enter("disk").commands["read"].record(5, 100, 1)
+        totals = Totals(metrics, [first, second, idle])
+        assert [totals.of("disk")[0].operations, totals.of("disk")[1]] == [10, 2]
+        first.close(UNKNOWN)
+        tally, present = totals.of("disk")
+        assert (tally.operations, tally.commands["read"].bytes, present) == (10, 200, 1)
+        second.close(UNKNOWN)
+        assert totals.of("disk")[0].operations == 10 and totals.of("disk")[1] == 0
+        assert totals.of("another")[0].operations == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from nbdbm import __version__
 from nbdbm.client import NbdClient
 from nbdbm.metrics import BitmapFigures, CacheFigures
-from nbdbm.server import exposition
-from nbdbm.server.exposition import Exposition, totals
+from nbdbm.server import exposition, turns
+from nbdbm.server.exposition import AT_ONCE, LOOKED_AT, MAX_BITMAPS, Exposition, totals
 from nbdbm.server.server import Server
 from tests.server.memimage import MemoryImage
-from tests.server.running import running
+from tests.server.running import running, until
 
 TIMEOUT = 30
 
@@ -146,7 +147,7 @@ def test_many_exports_are_not_all_listed(tmp_path: Path, monkeypatch: pytest.Mon
         async with running(MemoryImage(bytes(4096)), tmp_path) as (server, _):
             for number in range(5):
                 server.metrics.export(str(number)).commands["read"].record(1, 0, 1)
-            assert list(totals(server)) == ["0", "1", "2"]
+            assert [name for name, _ in totals(server)] == ["0", "1", "2"]
 
     asyncio.run(main())
 
@@ -161,6 +162,53 @@ def test_the_text_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
             monkeypatch.setattr(exposition, "AT_ONCE", 7)
             assert (await pages["/metrics"]()).content == whole
             assert whole.count(b"# TYPE nbdbm_request_seconds histogram") == 1
+
+    asyncio.run(main())
+
+
+def test_those_who_wait_get_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+    text = Exposition.text
+
+    def counted(self: Exposition) -> Iterator[bytes]:
+        nonlocal made
+        made += 1
+        return text(self)
+
+    async def main() -> None:
+        async with running(MemoryImage(bytes(4096)), tmp_path) as (server, _):
+            page = Exposition(server).pages["/metrics"]
+            first = asyncio.ensure_future(page())
+            await until(lambda: made > 0)
+            others = [asyncio.ensure_future(page()) for _ in range(20)]
+            await asyncio.sleep(0)
+            others.pop().cancel()
+            pages = await asyncio.wait_for(asyncio.gather(first, *others), TIMEOUT)
+            assert made == 2 and len({id(each.content) for each in pages[1:]}) == 1
+
+    monkeypatch.setattr(Exposition, "text", counted)
+    monkeypatch.setattr(turns, "TURN", 0.0)  # each step is a turn
+    asyncio.run(main())
+
+
+def test_no_step_makes_much(tmp_path: Path) -> None:
+    """Of many exports and of many bitmaps: others get their turn between two steps."""
+
+    class Spoilt(MemoryImage):
+        bitmaps = tuple(
+            BitmapFigures(f"b{number}", "inconsistent", False, 65536, None) for number in range(65535)
+        )
+
+    async def main() -> None:
+        async with running(Spoilt(bytes(4096)), tmp_path, name="disk") as (server, _):
+            for number in range(300):
+                server.metrics.export(str(number)).commands["read"].record(1, 0, 1)
+            steps = list(Exposition(server).text())
+            assert max(step.count(b"\n") for step in steps) < AT_ONCE + 200, "and those of one export"
+            assert len(steps) > 300 * 6 + 65535 // LOOKED_AT
+            series = parsed(b"".join(steps).decode())
+            assert value(series, "nbdbm_bitmaps_inconsistent", export="disk") == 65535
+            assert sum(name == "nbdbm_bitmap_state" for name, _ in series) == MAX_BITMAPS
 
     asyncio.run(main())
 
