@@ -153,7 +153,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            (["-p", "0"], "nbdbm: {image}: not a qcow2 image (magic); if it is a raw image, say --format raw"),
+            (["-p0"], "nbdbm: {image}: not a qcow2 image (magic); if it is a raw image, say --format raw"),
             (["-r", "-k", "s", "-p", "1"], "nbdbm: --socket excludes --bind, --port"),
             (["-r", "-e", "-1"], "nbdbm: --max-connections -1: must be"),
             (["-r", "-f", "raw", "-p", "70000"], "nbdbm: --port 70000: a port is a number from 0 to 65535"),
