@@ -17,7 +17,7 @@ from nbdbm.image.pagecache import supported
 from nbdbm.server import fastpath
 from tests.server.rawclient import READ
 from tests.server.running import run, until
-from tests.server.test_fastpath import STYLES, Replies, Request, connect, only, serving
+from tests.server.twoways import STYLES, Replies, Request, connect, only, serving
 from tests.support import engine
 from tests.support.marks import requires
 from tests.support.qemu import SYSTEM
