@@ -65,6 +65,10 @@ class LazyGroup(click.Group):
             return None
         module, _, name = found.partition(":")
         command = getattr(import_module(module), name)
+        if "logging" in sys.modules:  # then it may have something to say on its way
+            from nbdbm.cli.logs import say_warnings
+
+            say_warnings()
         assert isinstance(command, click.Command)
         return command
 

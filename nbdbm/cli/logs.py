@@ -54,6 +54,12 @@ def set_up(log_format: str, verbose: int, quiet: bool, *, captive: bool) -> None
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
+def say_warnings() -> None:
+    """Write warnings to stderr as lines of the program, for commands that have not asked for a log."""
+    if not logging.root.handlers:
+        set_up("text", verbose=0, quiet=True, captive=False)
+
+
 class TextLines(logging.Formatter):
     """``nbdbm: message``; a traceback follows on its own lines."""
 

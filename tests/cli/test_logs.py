@@ -339,6 +339,17 @@ def test_nobody_reads_stderr(image: Path, tmp_path: Path, how: str) -> None:
             os.close(read_end)
 
 
+def test_warnings_of_other_commands_are_lines_of_the_program() -> None:
+    script = (
+        "import click, logging, nbdbm.cli\n"
+        "nbdbm.cli.main.get_command(click.Context(nbdbm.cli.main), 'map')\n"
+        "logging.getLogger('nbdbm.tlsfiles').warning('%s: is open to others', 'k\\x1b')\n"
+        "logging.getLogger('nbdbm.image').info('nothing')"
+    )
+    done = run(sys.executable, "-c", script)
+    assert (done.returncode, done.stderr) == (0, "nbdbm: k\\x1b: is open to others\n")
+
+
 def test_what_ends_a_server_before_it_serves_is_json_too(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('[[export]]\nimage = 1\nnome = "a"\n')
     command = [sys.executable, "-m", "nbdbm", "serve", "--log-format", "json"]
