@@ -357,3 +357,11 @@ def test_the_command_line_turns_tls_on_and_off(tmp_path: Path) -> None:
     path.write_text(RULES + "[tls]\ntls-psk = 'keys'")
     with pytest.raises(Mistakes, match="TLS is off"):
         load(str(path), TlsConfig())
+
+
+def test_the_documentation_has_every_key() -> None:
+    text = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
+    for keys in (configfile.LISTEN, configfile.SERVER, configfile.TLS, configfile.EXPORT, configfile.IMAGE,
+                 configfile.ACCESS, configfile.DIRECTORY):  # fmt: skip
+        for key in keys:
+            assert f"`{key}`" in text, f"{key} is not in docs/configuration.md"

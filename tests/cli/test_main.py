@@ -248,3 +248,35 @@ def test_nothing_is_documented_that_is_not_there() -> None:
     known = {name for _, command in commands() for names in options_of(command) for name in names}
     known |= {name for names in options_of(main) for name in names} | {"--help"}
     assert set(re.findall(r"--[a-z][a-z0-9-]*", DOCUMENT.read_text())) <= known
+
+
+def options(command: click.Command, *above: str) -> Iterator[tuple[str, set[str]]]:
+    """The names of each option of the program, with the command that has it."""
+    for each in command.params:
+        if isinstance(each, click.Option) and "--help" not in each.opts:
+            yield " ".join(above), {*each.opts, *each.secondary_opts}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from options(below, *above, name)
+
+
+def test_the_reference_has_every_option_and_no_other() -> None:
+    text = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    shown = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z0-9-]*", text))
+    known = {"-h", "-m"}  # help; Python's
+    for command, names in options(main):
+        known |= names
+        assert names & shown, f"{command} {names} is not in docs/cli.md"
+    assert shown <= known, f"docs/cli.md has options that are not there: {shown - known}"
+
+
+def test_options_of_qemu_nbd_that_are_said_to_be_the_same() -> None:
+    text = (Path(__file__).parents[2] / "docs/interop.md").read_text()
+    begin = "These options of qemu-nbd are the same"
+    sentence = text[text.index(begin) : text.index("Instead of the others")]
+    same = set(re.findall(r"`(--?[a-z-]+|-[A-Z])`", sentence))
+    serve = set().union(*(names for command, names in options(main) if command == "serve"))
+    assert len(same) == 17 and same <= serve
