@@ -37,6 +37,13 @@ log = logging.getLogger(__name__)
 PAGE_WORDS = 512
 """Words (4 KiB) of an L2 slice that are written together."""
 
+L1_CHUNK = 65536
+"""L1 entries looked at together."""
+
+MOST_TABLES = 1 << 19
+"""L2 tables whose places are kept in memory, about 50 MiB of it; with 4 KiB clusters they map 1 TiB, with
+larger ones far more. An image of nothing but tables costs no more."""
+
 
 class Metadata:
     """The changeable metadata of one qcow2 file that is open for writing.
@@ -81,14 +88,21 @@ class Metadata:
     def claim_tables(self) -> None:
         """Note where the L2 tables are: nothing else goes there. Other metadata must be known before.
 
-        A table that lies where other metadata is, or that two L1 entries lead to, is never changed.
+        A table that lies where other metadata is, or that two L1 entries lead to, is never changed. (Of more
+        than ``MOST_TABLES`` nothing is known.)
         """
         bits = self._geometry.cluster_bits
-        leading = [(entry & OFFSET_MASK) >> bits for entry in self.clusters.l1 if entry & OFFSET_MASK]
-        tables = set(leading)
+        counts = Counter[int]()
+        for at in range(0, len(self.clusters.l1), L1_CHUNK):
+            chunk = self.clusters.l1[at : at + L1_CHUNK]
+            counts.update((entry & OFFSET_MASK) >> bits for entry in chunk if entry)
+            if len(counts) > MOST_TABLES:
+                return
+        del counts[0]
+        tables = set(counts)
         self._wrong_tables = self.allocator.occupied.among(tables)
-        if len(tables) < len(leading):
-            self._wrong_tables |= {table for table, count in Counter(leading).items() if count > 1}
+        if counts.total() > len(tables):
+            self._wrong_tables |= {table for table, count in counts.items() if count > 1}
         self.allocator.occupied.add(tables)
 
     async def table(self, offset: int) -> Table:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import chain
 
 FEW = 1 << 18
 """Clusters that are kept in a set, 70 bytes each: with 64 KiB clusters, the L2 tables of 128 TiB."""
@@ -51,22 +52,22 @@ class Occupied:
         at = bisect_right(self._starts, end - 1)
         return at > 0 and self._ends[at - 1] > first
 
-    def among(self, clusters: set[int]) -> set[int]:
+    def among(self, clusters: Collection[int]) -> set[int]:
         """Those of the clusters that hold metadata."""
-        found = clusters & self.single
+        found = self.single.intersection(clusters)
         if self.crowded:
             found |= {cluster for cluster in clusters if self.hit(cluster, cluster + 1)}
         return found
 
-    def add(self, clusters: set[int]) -> None:
+    def add(self, clusters: Collection[int]) -> None:
         """These hold metadata, each by itself."""
         if len(self.single) + len(clusters) <= FEW:
-            self.single |= clusters
+            self.single.update(clusters)
         elif len(clusters) < SHORT:
             for cluster in clusters:
                 insort(self._many, cluster)
         else:
-            self._many = array("Q", sorted(clusters.union(self._many)))
+            self._many = array("Q", sorted(chain(clusters, self._many)))
         self.crowded = bool(self._starts or self._many)
 
     def discard(self, clusters: Iterable[int]) -> None:
