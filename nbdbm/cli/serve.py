@@ -342,9 +342,10 @@ def _exports(images: tuple[str, ...], needed: bool, per_export: dict[str, Any]) 
 def _named(text: str) -> tuple[str | None, str]:
     """Name and path of ``NAME=IMAGE`` or ``IMAGE``; a path before "=" makes all of it a path."""
     name, equals, image = text.partition("=")
-    if not equals or "/" in name:
-        return None, text
-    return name, image
+    named = equals and "/" not in name
+    if not (image if named else text):
+        raise UsageError(f"IMAGE {text!r}: the path is empty")
+    return (name, image) if named else (None, text)
 
 
 def _export(image: str, options: dict[str, Any], *, name: str = "") -> ExportConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,21 @@ def test_errors_are_one_line(error: Exception, line: str) -> None:
     assert result.exit_code == 1
     assert result.stderr == line + "\n"
     assert result.stdout == ""
+
+
+def test_an_interrupt_while_it_starts_is_silent() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'click':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from nbdbm.__main__ import main\n"
+        "main()"
+    )
+    result = python("-c", script)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_standard_streams_that_are_closed(tmp_path: Path) -> None:

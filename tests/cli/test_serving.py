@@ -103,6 +103,7 @@ class TestCommandLine:
         ("arguments", "status", "text"),
         [
             ([], 2, "Missing argument"),
+            (["x="], 1, "IMAGE 'x=': the path is empty"),
             (["a", "sub/a"], 1, "export name 'a' is used twice; NAME=IMAGE gives another one"),
             (["x=a", "-x", "y"], 1, "--export-name y: the image has a name already, in x=a"),
             (["a", "b", "-x", "y"], 1, "--export-name y: is for one image; with several, name them"),
