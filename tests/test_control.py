@@ -29,7 +29,7 @@ def said(server: Server, line: bytes) -> dict[str, Any]:
 
 
 class Figured(MemoryImage):
-    bitmaps = (BitmapFigures("day", "inconsistent", True, 65536, None),) * 101
+    bitmaps = (BitmapFigures("day", "inconsistent", False, 65536, None),) * 101
 
 
 def test_status(tmp_path: Path) -> None:

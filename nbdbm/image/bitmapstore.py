@@ -374,7 +374,7 @@ class _Figures(Sequence[BitmapFigures]):
         return BitmapFigures(
             bitmap.name,
             bitmap.state.value,
-            bitmap.enabled,
+            bitmap.enabled and bitmap.usable,
             bitmap.granularity,
             None if bits is None else bits.dirty_bytes(),
         )

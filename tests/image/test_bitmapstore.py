@@ -205,6 +205,7 @@ def test_in_use_is_inconsistent_and_never_looked_at(fields: dict[str, Any]) -> N
         crashed = store.tracker.get("crashed")
         assert crashed is not None
         assert crashed.refusal == INCONSISTENT_REASON
+        assert [(each.name, each.enabled) for each in store.figures()] == [("crashed", False), ("good", True)]
         with pytest.raises(BitmapError, match="it is inconsistent"):
             await store.bits("crashed")
         assert (await store.bits("good")).count() == 2
