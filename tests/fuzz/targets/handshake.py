@@ -49,8 +49,8 @@ QUERIES = (
     b"x:y", b"qemu:allocation-depth", b"\xff\xfe", b"\0", b"q" * 5000, b"qemu:dirty-bitmap:7",
 )  # fmt: skip
 
-WIDE = Limits(max_pipelined=1000)
-"""The pieces in which options arrive say how many of them are answered at once."""
+WIDE = Limits(max_pipelined=1000, max_queued=1 << 30)
+"""The pieces in which options arrive say how many of them, and how much, is answered at once."""
 TIGHT = Limits(max_pipelined=1000, max_option_length=64, max_options=6, max_queued=300, max_contexts=3)
 LONGEST_STREAM = 100_000
 LARGEST_ANSWER = 40_000
