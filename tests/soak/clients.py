@@ -17,11 +17,13 @@ from nbdbm.client import NbdClient
 from nbdbm.errors import NbdError
 from nbdbm.nbd.constants import CONTEXT_ALLOCATION, CONTEXT_DEPTH
 from tests.server.rawclient import OPT_GO, READ, WRITE, request
+from tests.soak import watchers
 from tests.soak.disk import FAULT, SIZE, WILD, Disk
-from tests.soak.world import GRACE, PATIENCE, STATIC, TARGET, World
+from tests.soak.world import GRACE, PATIENCE, SECRET, STATIC, TARGET, World
 from tests.support import qemu
 
 IHAVEOPT = b"IHAVEOPT"
+OPT_STARTTLS = 5
 
 
 async def forever(world: World, work: Callable[[], Awaitable[None]], pause: float) -> None:
@@ -32,7 +34,9 @@ async def forever(world: World, work: Callable[[], Awaitable[None]], pause: floa
             return
         changes = world.changes
         try:
-            await asyncio.wait_for(work(), PATIENCE)
+            # Not wait_for, which may lose a cancellation in Python 3.11.
+            async with asyncio.timeout(PATIENCE):
+                await work()
         except (NbdError, OSError, qemu.ToolFailed) as error:
             if isinstance(error, NbdError):
                 assert not FAULT.search(str(error)), error
@@ -55,7 +59,8 @@ async def write(world: World, disk: Disk) -> None:
             continue
         changes = disk.changes
         try:
-            await disk.session(world.uri(disk.name), rng.uniform(0.3, 2) if on_demand else rng.uniform(1, 5))
+            uri = world.uri(disk.name, tls=rng.random() < 0.3)
+            await disk.session(uri, rng.uniform(0.3, 2) if on_demand else rng.uniform(1, 5))
         except (NbdError, OSError) as error:
             assert not FAULT.search(str(error)), error
             assert disk.excused(changes), f"{disk.name}: without any reason: {error}\n{world.said()[-2000:]}"
@@ -68,7 +73,9 @@ async def read(world: World) -> None:
     """Reads, and block status, of the image that nobody writes to."""
     contexts = [CONTEXT_ALLOCATION, CONTEXT_DEPTH, "qemu:dirty-bitmap:since"]
     rng = random.Random(world.rng.random())
-    async with await NbdClient.connect(world.uri(STATIC), contexts=contexts) as client:
+    tls = rng.random() < 0.5
+    uri = world.uri(rng.choice([STATIC, SECRET]) if tls else STATIC, tls=tls)
+    async with await NbdClient.connect(uri, contexts=contexts) as client:
         for _ in range(rng.randrange(1, 20)):
             pieces = [sorted((rng.randrange(SIZE), rng.randrange(SIZE))) for _ in range(4)]
             found = await asyncio.gather(*(client.read(a, b - a) for a, b in pieces if b > a))
@@ -76,7 +83,7 @@ async def read(world: World) -> None:
                 assert data == world.content[a:b], f"{STATIC}: {a}..{b} is wrong"
             answer = await client.block_status(0, SIZE)
             assert {sum(each.length for each in extents) for extents in answer.values()} == {SIZE}
-            world.counts["reads"] += len(found)
+            world.counts["reads by TLS" if tls else "reads"] += len(found)
             await asyncio.sleep(rng.random() * 0.1)
 
 
@@ -108,7 +115,8 @@ async def run(world: World, *argv: object, tool: str) -> str:
         env=qemu.environment(),
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            output, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
@@ -122,10 +130,14 @@ async def run(world: World, *argv: object, tool: str) -> str:
 
 async def copy_out(world: World) -> None:
     """nbdcopy, nbdinfo and qemu-img on the image that nobody writes to."""
-    uri, rng = world.uri(STATIC), world.rng
+    rng = world.rng
+    uri = world.uri(STATIC)
     kind = rng.randrange(4)
     if kind == 0:
         place = world.place / "copy.raw"
+        if rng.random() < 0.5:
+            uri = world.uri(SECRET, tls=True)
+            world.counts["nbdcopy by TLS"] += 1
         await run(world, uri, place, tool="nbdcopy")
         assert place.read_bytes() == world.content
     elif kind == 1:
@@ -139,13 +151,14 @@ async def copy_out(world: World) -> None:
     else:
         changes = [disk.changes for disk in world.disks]
         try:
-            said = await run(world, "--list", world.uri(""), tool="nbdinfo")
+            # By TLS: it wants to know all about each that is listed.
+            said = await run(world, "--list", world.uri("", tls=True), tool="nbdinfo")
         except qemu.ToolFailed:
             # It asks about each export that was listed, and one of them may be gone by then.
             if any(map(Disk.excused, world.disks, changes)):
                 return
             raise
-        assert all(f'export="{name}":' in said for name in (STATIC, TARGET, "found.qcow2")), said
+        assert all(f'export="{name}":' in said for name in (STATIC, SECRET, TARGET, "found.qcow2")), said
 
 
 async def copy_in(world: World) -> None:
@@ -193,6 +206,24 @@ async def write_by_tool(world: World) -> None:
 
 
 # -- those who mean harm
+
+
+async def not_for_everybody(world: World) -> None:
+    """Without TLS there is nothing to be had of an export for clients with TLS."""
+    try:
+        client = await NbdClient.connect(world.uri(SECRET))
+    except NbdError as error:
+        if "TLS" not in str(error):
+            raise
+        world.counts["refused without TLS"] += 1
+    else:
+        await client.close()
+        raise AssertionError(f"{SECRET} is served without TLS")
+
+
+async def pester_or_not(world: World) -> None:
+    with contextlib.suppress(OSError):
+        await watchers.pester(world)
 
 
 async def attack(world: World) -> None:
@@ -306,7 +337,19 @@ async def _out_of_range(
         writer.write(request(rng.choice([0, 4, 5, 6, 7, 8]), cookie, SIZE - rng.randrange(9), 1 << 20, 1))
 
 
+async def _half_a_handshake_of_tls(
+    rng: random.Random, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, disk: Disk
+) -> None:
+    """STARTTLS, and then something that is not TLS, or too little of it."""
+    await reader.readexactly(18)
+    writer.write(struct.pack(">I", 3) + IHAVEOPT + struct.pack(">II", OPT_STARTTLS, 0))
+    await reader.readexactly(20)
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    writer.write(rng.choice([b"", b"more", hello, hello + rng.randbytes(508), rng.randbytes(5000)]))
+
+
 ATTACKS = [
+    _half_a_handshake_of_tls,
     _nothing,
     _garbage,
     _garbage_after_the_greeting,
@@ -328,4 +371,9 @@ def start(world: World) -> list[asyncio.Task[None]]:
     works.append(forever(world, lambda: copy_in(world), 0.3))
     works.append(forever(world, lambda: write_by_tool(world), 0.3))
     works += [forever(world, lambda: attack(world), 0.1) for _ in range(3)]
+    watcher = watchers.Watcher(world)
+    works.append(forever(world, watcher.scrape, 0.3))
+    works.append(forever(world, watcher.ask, 1))
+    works.append(forever(world, lambda: pester_or_not(world), 0.5))
+    works.append(forever(world, lambda: not_for_everybody(world), 0.5))
     return [asyncio.ensure_future(work) for work in works]

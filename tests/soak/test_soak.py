@@ -27,11 +27,11 @@ import pytest
 
 from nbdbm.client import NbdClient
 from nbdbm.image.threads import IO_THREADS
-from tests.soak import clients
+from tests.soak import clients, watchers
 from tests.soak.world import PATIENCE, STATIC, TARGET, World
 from tests.support.marks import requires
 
-pytestmark = [requires("qemu-img", "qemu-io", "qemu-nbd", "libnbd", "nbdcopy", "nbdinfo", "fio")]
+pytestmark = [requires("qemu-img", "qemu-io", "qemu-nbd", "libnbd", "nbdcopy", "nbdinfo", "fio", "openssl")]
 
 SECONDS = float(os.environ.get("NBDBM_SOAK_SECONDS", "12"))
 """Of load; judging comes on top."""
@@ -57,19 +57,15 @@ def place() -> Iterator[Path]:
 def test_soak(place: Path) -> None:
     print(f"NBDBM_SOAK_SEED={SEED}")
     # Not in debug mode: dozens of clients live in this one loop.
-    asyncio.run(main(place), debug=False)
+    asyncio.run(main(World(place, random.Random(SEED)), SECONDS), debug=False)
 
 
-async def main(place: Path) -> None:
-    rng = random.Random(SEED)
-    world = World(place, rng)
+async def main(world: World, seconds: float) -> None:
     try:
-        await servers_come_and_go(world, SECONDS / 2)
-        await one_server_stays(world, SECONDS / 2)
+        await servers_come_and_go(world, seconds / 2)
+        await one_server_stays(world, seconds / 2)
     finally:
-        if world.process is not None and world.process.poll() is None:
-            world.process.kill()
-            world.process.wait()
+        world.end()
         total = sum(disk.requests for disk in world.disks)
         flushes = sum(disk.flushes for disk in world.disks)
         sessions = sum(disk.sessions for disk in world.disks)
@@ -104,6 +100,7 @@ async def load(world: World) -> AsyncIterator[list[asyncio.Task[None]]]:
                 raise error from None
         raise
     finally:
+        world.over = True
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -130,7 +127,7 @@ async def servers_come_and_go(world: World, seconds: float) -> None:
 
 async def change(world: World) -> None:
     """Some reload."""
-    kind = world.rng.randrange(6)
+    kind = world.rng.randrange(8)
     if kind == 0:
         moving = world.disk("moving")
 
@@ -153,12 +150,19 @@ async def change(world: World) -> None:
         await world.reload(world.disk("changing"), change=other_option)
     elif kind == 3:
         await world.mistake()
+    elif kind == 4:
+        await watchers.renew(world)
+    elif kind == 5:
+        await watchers.spoil(world)
     else:
         await world.reload()
 
 
-async def one_server_stays(world: World, seconds: float) -> None:
-    """The same clients, and one server that shall hold in the end what it held in the beginning."""
+async def one_server_stays(world: World, seconds: float, *, patience: float = 30) -> None:
+    """The same clients, and one server that shall hold in the end what it held in the beginning.
+
+    ``patience``: seconds in which what it holds must settle.
+    """
     world.disk("extra").offered = True
     await world.start()
     await everybody_once(world)
@@ -184,7 +188,7 @@ async def one_server_stays(world: World, seconds: float) -> None:
         return world.descriptors() == before
 
     try:
-        await world.until(same, "descriptors as in the beginning", 30)
+        await world.until(same, "descriptors as in the beginning", patience)
     except AssertionError as error:
         raise AssertionError(f"before {before}, after {world.descriptors()}") from error
     threads = world.status("Threads")

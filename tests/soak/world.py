@@ -6,37 +6,52 @@ import asyncio
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nbdbm.client import NbdClient
-from nbdbm.uri import NbdUri
+from nbdbm.uri import NbdUri, UriTls
 from nbdbm.uri import parse as parse_uri
 from tests.soak.disk import SIZE, Disk, create
 from tests.support import qemu, servers
+from tests.support.certificates import Pki
 from tests.support.images import KIB
 
 PATIENCE = 60
 """Seconds that anything may take which the test waits for."""
 
 URI = re.compile(r"^(nbd(?:\+unix)?://\S+)\n", re.MULTILINE)
+METRICS = re.compile(r"metrics: http://127\.0\.0\.1:(\d+)/metrics")
 
 GRACE = 0.3
 STATIC = "static"
 TARGET = "target"
 """An export that is copied to, as a whole."""
+SECRET = "secret"
+"""The same as STATIC, for clients with TLS."""
 
 
 class World:
     """One configuration file, the images in it, and a server now and then."""
 
-    def __init__(self, place: Path, rng: random.Random) -> None:
+    def __init__(
+        self, place: Path, rng: random.Random, program: Sequence[str] = tuple(servers.NBDBM)
+    ) -> None:
+        """``program``: what is run as ``nbdbm``."""
         self.place = place
         self.rng = rng
+        self._program = program
+        self.pki = Pki(place / "pki")
+        self.certificates = Path(shutil.copytree(self.pki.server, place / "tls"))
+        """The server's."""
+        self.control = place / "control"
+        self.metrics_port = 0
         self.config = place / "nbdbm.toml"
         self.log = place / "log"
         self.log.touch()
@@ -104,9 +119,14 @@ class World:
 
     def write_config(self, mistake: str = "") -> None:
         listen = f'socket = "{self.place}/s"' if self.served % 2 else 'bind = "127.0.0.1"\nport = 0'
-        text = [f"[listen]\n{listen}\n[server]\nmax-connections = 300\n{mistake}"]
+        text = [
+            f"[listen]\n{listen}\n[server]\nmax-connections = 300\n{mistake}"
+            'metrics = "127.0.0.1:0"\ncontrol = "control"\n'
+            '[tls]\ntls = "on"\ntls-certificates = "tls"\ntls-verify-peer = true\n'
+        ]
         exports: list[tuple[str, Path, str]] = [
             (STATIC, self.top, "read-only = true"),
+            (SECRET, self.top, "read-only = true\nrequire-tls = true"),
             (TARGET, self.target, ""),
         ]
         for disk in self.disks:
@@ -127,11 +147,15 @@ class World:
         temporary.write_text("".join(text))
         temporary.rename(self.config)
 
-    def uri(self, name: str) -> str:
+    def uri(self, name: str, *, tls: bool = False) -> str:
         assert self.address is not None
         if self.address.socket:
-            return str(NbdUri.unix(self.address.socket, name))
-        return f"nbd://127.0.0.1:{self.address.port}/{name}"
+            uri = NbdUri.unix(self.address.socket, name)
+        else:
+            uri = NbdUri.tcp("127.0.0.1", self.address.port, name)
+        if tls:
+            uri = replace(uri.with_tls(), tls=UriTls(certificates=str(self.pki.client)))
+        return str(uri)
 
     async def listed(self) -> dict[str, str]:
         """Names and descriptions as a client sees them."""
@@ -190,7 +214,7 @@ class World:
         before = len(self.said())
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: ASYNC220 (it is only begun here)
-                [*servers.NBDBM, "serve", "--config", str(self.config)],
+                [*self._program, "serve", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -202,9 +226,9 @@ class World:
             return URI.search(self.said(), before) is not None
 
         await self.until(printed, "the server serves")
-        line = URI.search(self.said(), before)
-        assert line is not None
-        self.address = parse_uri(line[1])
+        line, metrics = (found.search(self.said(), before) for found in (URI, METRICS))
+        assert line is not None and metrics is not None
+        self.address, self.metrics_port = parse_uri(line[1]), int(metrics[1])
         self.changes += 1
         self.up.set()
 
@@ -235,6 +259,12 @@ class World:
         assert process.returncode == (-signal.SIGKILL if kill else 0), (process.returncode, self.said())
         self.counts["kills" if kill else "restarts"] += 1
         return wrote
+
+    def end(self) -> None:
+        """Whatever has happened: no server is left."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
     async def judge(self, wrote: dict[Disk, bool], *, killed: bool) -> None:
         """All clients have ended, and so has the server: look at the images."""
