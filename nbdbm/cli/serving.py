@@ -58,6 +58,7 @@ async def run(
     server = Server(registry, config.server)
     _use_tls(server, config.tls)
     _on_signals(stop, server)
+    reloads = _Reloads(config, again, server, registry, environ)
     async with AsyncExitStack() as stack:
         listeners = stack.enter_context(_bound(config, environ))
         places = await stack.enter_async_context(observed(config.server, server))
@@ -74,7 +75,7 @@ async def run(
         try:
             await _open(slots, or_else=config.file is not None)
             await server.start(listeners)
-            with _pid_file(config.pid_file), _Reloads(config, again, server, registry, environ):
+            with _pid_file(config.pid_file), reloads:
                 _report(config, registry, listeners, places)
                 notify(environ.get("NOTIFY_SOCKET"), f"READY=1\nMAINPID={os.getpid()}")
                 if started is not None:
@@ -127,7 +128,11 @@ def _use_tls(server: Server, config: TlsConfig) -> None:
 
 
 class _Reloads:
-    """SIGHUP: the configuration is read again, and what changed is changed; nothing, if it has mistakes."""
+    """SIGHUP: the configuration is read again, and what changed is changed; nothing, if it has mistakes.
+
+    From the beginning on: what comes while images are being opened is seen to in the block that this is
+    entered for, when there is something to reload.
+    """
 
     def __init__(
         self,
@@ -144,18 +149,25 @@ class _Reloads:
         self._environ = environ
         self._task: asyncio.Task[None] | None = None
         self._wanted = False
+        self._serving = False
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._caught)
 
     def __enter__(self) -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._caught)
+        self._serving = True
+        self._begin()
 
     def __exit__(self, *_: object) -> None:
         # The handler stays until ``_ignore_signals``: without one, SIGHUP would end the process.
+        self._serving = False
         if self._task is not None:
             self._task.cancel()
 
     def _caught(self) -> None:
         self._wanted = True
-        if self._task is None:
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._wanted and self._serving and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def _work(self) -> None:
@@ -220,8 +232,6 @@ def _on_signals(stop: asyncio.Event, server: Server) -> None:
 
     for number in SIGNALS:
         loop.add_signal_handler(number, caught)
-    # Until there is something to reload: it must not end the process while images are being opened.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _ignore_signals() -> None:

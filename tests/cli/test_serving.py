@@ -291,7 +291,7 @@ class TestConfig:
             "two": ("export withdrawn", "the export was removed by a reload"),
         }
 
-    def test_hangups_while_it_starts_are_survived(self, tmp_path: Path) -> None:
+    def test_hangups_while_it_starts_are_seen_to_when_it_serves(self, tmp_path: Path) -> None:
         image, config, path = qcow2(tmp_path / "a", "b0"), tmp_path / "nbdbm.toml", tmp_path / "s"
         names = [shutil.copy(image, tmp_path / str(number)).name for number in range(100)]
         tables = "".join(f'[[export]]\nname = "{name}"\nimage = "{name}"\n' for name in names)
@@ -299,6 +299,7 @@ class TestConfig:
         with started(*SERVE, "--config", str(config), lines=0) as (process, _):
             # Bound under another name, and not listening yet: images are being opened.
             eventually(lambda: bool(list(tmp_path.glob(".nbdbm-*"))))
+            config.write_text(f'{config.read_text()}[[export]]\nname = "late"\nimage = "{image}"\n')
             sent = 0
             while not path.exists() and process.poll() is None:
                 reload(process)
@@ -306,6 +307,7 @@ class TestConfig:
                 time.sleep(0.001)
             assert sent and process.poll() is None
             eventually(lambda: served(path, names[-1]))
+            eventually(lambda: served(path, "late"))
             assert ended(process)[0] == 0
 
     def test_hangups_while_it_ends_cost_no_bitmap(self, tmp_path: Path) -> None:
