@@ -59,15 +59,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         faulthandler.cancel_dump_traceback_later()
 
 
+MADE = pytest.StashKey[str]()
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if GALLERY not in os.environ:
-        os.environ[GALLERY] = tempfile.mkdtemp(prefix="nbdbm-images-")
+        os.environ[GALLERY] = session.config.stash[MADE] = tempfile.mkdtemp(prefix="nbdbm-images-")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    # The workers come here first; the process that made the directory removes it.
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ.pop(GALLERY), ignore_errors=True)
+    # Workers inherit the variable and come here first; the process that made the directory removes it.
+    if (made := session.config.stash.get(MADE, None)) is not None:
+        del os.environ[GALLERY]
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,8 +37,17 @@ def environment() -> dict[str, str]:
     return env | {"LC_ALL": "C.UTF-8", "PATH": SEARCH_PATH}
 
 
-def run(argv: list[str], *, check: bool = True, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """Run to the end with captured output; ToolFailed if ``check`` and the status is not 0."""
+def run(
+    argv: list[str],
+    *,
+    check: bool = True,
+    timeout: float = TIMEOUT,
+    preexec: Callable[[], None] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end with captured output; ToolFailed if ``check`` and the status is not 0.
+
+    ``preexec`` is called in the new process before the program.
+    """
     done = subprocess.run(
         argv,
         stdin=subprocess.DEVNULL,
@@ -47,6 +57,7 @@ def run(argv: list[str], *, check: bool = True, timeout: float = TIMEOUT) -> sub
         timeout=timeout,
         check=False,
         env=environment(),
+        preexec_fn=preexec,
     )
     if check and done.returncode != 0:
         raise ToolFailed(f"{' '.join(argv)}\nstatus {done.returncode}\n{done.stdout}{done.stderr}")

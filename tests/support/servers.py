@@ -108,6 +108,17 @@ def _address_space(limit: int | None) -> Callable[[], None] | None:
 
 
 @contextlib.contextmanager
+def _stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have the process among those RUNNING until the block ends, and end it then."""
+    RUNNING.add(process)
+    try:
+        yield
+    finally:
+        RUNNING.discard(process)
+        stop(process)
+
+
+@contextlib.contextmanager
 def started(
     argv: Callable[[str], Sequence[str]],
     *,
@@ -135,9 +146,7 @@ def started(
                 env=environment or qemu.environment(),
                 preexec_fn=_address_space(address_space),
             )
-        stack.callback(stop, process)
-        RUNNING.add(process)
-        stack.callback(RUNNING.discard, process)
+        stack.enter_context(_stopped(process))
         server = Server(process, path, log, export)
         deadline = time.monotonic() + START_TIMEOUT
         while True:
@@ -160,11 +169,9 @@ def on_tcp(argv: Sequence[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=qemu.environment()
     )
-    try:
+    with _stopped(process):
         wait_for_port(port, process)
         yield process
-    finally:
-        stop(process)
 
 
 @contextlib.contextmanager
@@ -182,7 +189,7 @@ def nbdbm_on_tcp(
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=qemu.environment()
         )
-    try:
+    with _stopped(process):
         deadline = time.monotonic() + START_TIMEOUT
         while not (found := re.search(r"^nbds?://127\.0\.0\.1:(\d+)(?:/.*)?\n", log.read_text(), re.M)):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -193,8 +200,6 @@ def nbdbm_on_tcp(
             status = stop(process)
             output = log.read_text(errors="backslashreplace")
             assert status == 0 and "Traceback" not in output, f"status {status} after SIGTERM\n{output}"
-    finally:
-        stop(process)
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -302,14 +307,4 @@ def limited_run(
     argv: Sequence[str], *, address_space: int, timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end within bounds of memory (address space, bytes) and time (seconds)."""
-    return subprocess.run(
-        list(argv),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="backslashreplace",
-        timeout=timeout,
-        check=False,
-        env=qemu.environment(),
-        preexec_fn=_address_space(address_space),
-    )
+    return qemu.run(list(argv), check=False, timeout=timeout, preexec=_address_space(address_space))
