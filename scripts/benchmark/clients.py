@@ -145,6 +145,8 @@ def _held(what: str, uri: str, count: int) -> Iterator[None]:
                 raise ClientFailed(f"libnbd: {process.stderr.read().strip()[-200:]}")
             yield
             process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise ClientFailed(f"libnbd: does not end {TIMEOUT:g} s after it was told to") from None
         finally:
             if process.poll() is None:
                 process.kill()
@@ -155,15 +157,18 @@ def _script(*words: str) -> list[str]:
 
 
 def _run(argv: list[str]) -> str:
-    done: subprocess.CompletedProcess[Any] = subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-        env=qemu.environment(),
-    )
+    try:
+        done: subprocess.CompletedProcess[Any] = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+            env=qemu.environment(),
+        )
+    except subprocess.TimeoutExpired:
+        raise ClientFailed(f"{argv[0]}: not done in {TIMEOUT:g} s") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise ClientFailed(f"{argv[0]}: {said[-1] if said else f'status {done.returncode}'}")

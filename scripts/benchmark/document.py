@@ -34,10 +34,11 @@ def main() -> int:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(place.glob("*.json"))}
     try:
         text = renewed(DOCUMENT.read_text(), found)
+        made = drawings(found)
     except KeyError as error:
         print(f"document: docs/performance.md wants {error}, which is not there", file=sys.stderr)
         return 1
-    for name, drawing in drawings(found).items():
+    for name, drawing in made.items():
         (place / name).write_text(drawing)
     DOCUMENT.write_text(text)
     return 0

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +127,8 @@ class Running:
         found = [self.process.pid]
         for pid in found:
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                found += [int(word) for word in children.read_text().split()]
+                with suppress(OSError):  # a thread that has ended since
+                    found += [int(word) for word in children.read_text().split()]
         return found
 
 
