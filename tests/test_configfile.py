@@ -33,6 +33,15 @@ def mistakes(tmp_path: Path, text: str | bytes) -> list[str]:
     return [line.removeprefix(prefix) for line in lines]
 
 
+KEYS = [
+    *configfile.LISTEN,
+    *configfile.SERVER,
+    *configfile.EXPORT,
+    *configfile.IMAGE,
+    *configfile.ACCESS,
+]
+"""Every key there is."""
+
 EVERY_KEY = """
 [listen]
 socket = "/run/nbdbm.sock"
@@ -130,16 +139,9 @@ def test_every_key(tmp_path: Path) -> None:
 
 
 def test_every_key_there_is_was_tried() -> None:
-    for keys in (
-        configfile.LISTEN,
-        configfile.SERVER,
-        configfile.EXPORT,
-        configfile.IMAGE,
-        configfile.ACCESS,
-    ):
-        for key in keys:
-            if key not in ("bind", "port", "vsock"):
-                assert f"\n{key} =" in EVERY_KEY
+    for key in KEYS:
+        if key not in ("bind", "port", "vsock"):
+            assert f"\n{key} =" in EVERY_KEY
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
@@ -147,15 +149,8 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     example = text.split("```toml\n", 1)[1].split("```", 1)[0]
     config = loaded(tmp_path, example)
     assert [export.name for export in config.exports] == ["vda", "vdb"] and config.directory is not None
-    for keys in (
-        configfile.LISTEN,
-        configfile.SERVER,
-        configfile.EXPORT,
-        configfile.IMAGE,
-        configfile.ACCESS,
-    ):
-        for key in keys:
-            assert f"`{key}`" in text
+    for key in KEYS:
+        assert f"`{key}`" in text
 
 
 def test_sockets_are_relative_to_the_file_too(tmp_path: Path) -> None:

@@ -120,3 +120,4 @@ def test_refused(arguments: list[str], status: int, why: str, tmp_path: Path) ->
 
 def test_the_same_size_twice(tmp_path: Path) -> None:
     nbdbm(tmp_path / "disk.qcow2", "1M", "--size", "1024k")
+    assert header(tmp_path / "disk.qcow2").size == 1 << 20

@@ -104,7 +104,9 @@ def test_cancelled_callers_leave_a_sound_image(tmp_path: Path) -> None:
             for _ in range(pick.randrange(8)):
                 await asyncio.sleep(0)
             tasks[0].cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            cancelled, *others = await asyncio.gather(*tasks, return_exceptions=True)
+            assert cancelled is None or isinstance(cancelled, asyncio.CancelledError)
+            assert others == [None, None]
         await image.close()
 
     asyncio.run(run())

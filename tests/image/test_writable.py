@@ -97,12 +97,14 @@ def test_storing_bitmaps_leaves_a_moved_refcount_table_where_it_is(tmp_path: Pat
 def test_reopening_finds_a_moved_refcount_table(tmp_path: Path, bitmap: bool) -> None:
     path = tmp_path / "disk.qcow2"
     _growing(path, bitmap=bitmap)
+    before = get_field(path.read_bytes(), "refcount_table_offset")
 
     async def work(image: Image) -> None:
         for start in (0, 3 * MIB):
             await image.write(start, memoryview(os.urandom(3 * MIB)))
             await image.reopen(read_only=True)
             SYSTEM.img("check", "-q", path)
+            assert get_field(path.read_bytes(), "refcount_table_offset") != before
             await image.reopen(read_only=False)
 
     use(path, work, read_only=False)

@@ -91,7 +91,9 @@ def test_those_who_show_pages_find_nothing_wrong(directory: Path) -> None:
 def test_what_a_page_refers_to_of_ours_exists(directory: Path) -> None:
     for path in directory.iterdir():
         text = path.read_text().replace("\\-", "-")
-        for name in re.findall(r"\\fB(nbdbm[a-z-]*)\\fR\(1\)", text):
+        names = re.findall(r"\\fB(nbdbm[a-z-]*)\\fR\(1\)", text)
+        assert names
+        for name in names:
             assert (directory / f"{name}.1").exists()
 
 
