@@ -163,7 +163,9 @@ class Survey:
             "the refcount table",
             exclusive=True,
         )
+        before = self.report.corruptions + self.report.check_errors
         await self._bitmaps()
+        self.report.bitmap_faults = self.report.corruptions + self.report.check_errors - before
         self._refer_to_blocks()
         self._compare()
         self._overlaps()

@@ -27,6 +27,8 @@ class CheckReport:
     allocated_clusters: int = 0
     fragmented_clusters: int = 0
     compressed_clusters: int = 0
+    bitmap_faults: int = 0
+    """How many of the corruptions and errors are bitmaps that cannot be followed: no data depends on them."""
     problems: list[str] = field(default_factory=list)
     """One line each, at most MAX_PROBLEMS; what could be repaired is not in it any more."""
     more_problems: int = 0

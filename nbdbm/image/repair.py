@@ -113,7 +113,10 @@ async def rebuild_refcounts(file: BlockFile, header: Header) -> Header:
         OSError: a write failed; the image is no worse than before.
     """
     header, report = await repair(file, header, errors=True)
-    if report.check_errors or report.corruptions:
+    if report.check_errors + report.corruptions == report.bitmap_faults:
+        # Broken bitmaps are believed by nobody; as they could not be followed, no count was lowered.
+        header = await _clear_bits(file, header)
+    else:
         # The last line may be about the repair itself; else the first is as good as any.
         lines = report.problems or ["the refcounts cannot be made true"]
         what = lines[-1] if lines[-1].startswith(NOT_REPAIRED) else lines[0]

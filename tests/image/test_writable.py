@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from nbdbm.errors import ImageError, UnsupportedError
+from nbdbm.image.bitmapedit import Remove, edit_bitmaps
 from nbdbm.image.blockfile import ThreadedFile
 from nbdbm.image.image import Image, OpenOptions
 from nbdbm.image.writable import rewrite_header
 from nbdbm.qcow2.bitmapdir import BitmapsExtension
 from nbdbm.qcow2.header import Header
 from tests.support.engine import read, use
-from tests.support.qcow2build import Bitmap, get_field, patch, patch_bitmap_flags
+from tests.support.qcow2build import AUTO, IN_USE, Bitmap, get_field, patch, patch_bitmap_flags
 from tests.support.qcow2build import Image as Built
 from tests.support.qemu import SYSTEM
 
@@ -67,6 +68,46 @@ def test_a_dirty_image_gets_its_refcounts_rebuilt(tmp_path: Path) -> None:
     use(path, work, read_only=False)
     SYSTEM.img("check", "-q", path)
     assert get_field(path.read_bytes(), "incompatible_features") == 0
+
+
+BROKEN = {
+    "a table outside of the file": Bitmap(b"bad", table_offset=1 << 50),
+    "a table that is not aligned": Bitmap(b"bad", table_offset=0x10200),
+    "a table far too long": Bitmap(b"bad", flags=IN_USE | AUTO, table_size=0xFFFFFFFF),
+    "an entry with reserved bits": Bitmap(b"bad", flags=IN_USE | AUTO, table=[1 << 60]),
+}
+
+
+@pytest.mark.requires("qemu-img")
+@pytest.mark.parametrize("bad", BROKEN.values(), ids=BROKEN)
+def test_a_broken_bitmap_does_not_keep_a_dirty_image_from_being_written_to(
+    bad: Bitmap, tmp_path: Path
+) -> None:
+    """The disk's refcounts can be made true; the good bitmap goes on, and the broken one stays in use."""
+    path = tmp_path / "disk.qcow2"
+    built = Built(clusters={0: b"A" * 65536}, bitmaps=[bad, Bitmap(b"good")], incompatible=1, compatible=1)
+    path.write_bytes(built.build())
+
+    async def work(image: Image) -> None:
+        assert any("refcounts have been rebuilt" in notice for notice in image.notices)
+        assert [b.name for b in image.tracker.usable()] == ["good"]
+        await image.write(3 * 65536, memoryview(b"C" * 3 * 65536))
+
+    use(path, work, read_only=False)
+
+    async def judge(image: Image) -> None:
+        assert await read(image, 0, 65536) == b"A" * 65536
+        assert await read(image, 3 * 65536, 3 * 65536) == b"C" * 3 * 65536
+        bits = await image.bits("good")
+        assert list(bits.runs(0, image.size))[:2] == [(3 * 65536, False), (3 * 65536, True)]
+        assert [b.state.value for b in image.tracker] == ["inconsistent", "read-only"]
+
+    use(path, judge)
+    assert get_field(path.read_bytes(), "incompatible_features") == 0
+    # Without the broken one, QEMU has nothing to find fault with.
+    asyncio.run(edit_bitmaps(str(path), [Remove("bad")]))
+    SYSTEM.img("check", "-q", "-r", "leaks", path)
+    SYSTEM.img("check", "-q", path)
 
 
 def _growing(path: Path, *, bitmap: bool) -> None:
