@@ -274,7 +274,7 @@ def _bitmap_names(image: Image, wanted: Sequence[str] | None) -> list[str]:
         if name in refused:
             raise BitmapError(name, f"cannot be served: {refused[name]}")
         if name not in usable:
-            raise BitmapError(name, f"no such bitmap in {image.path}")
+            raise BitmapError(name, "there is no such bitmap in the image")
         if name not in names:
             names.append(name)
     return names

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nbdbm.access import EVERYBODY
 from nbdbm.cli import printable, remedy
 from nbdbm.config import ExportConfig, ServeConfig
-from nbdbm.errors import ImageError
+from nbdbm.errors import BitmapError, ImageError
 from nbdbm.registry import Source
 
 if TYPE_CHECKING:
@@ -64,9 +64,13 @@ async def open_export(config: ExportConfig) -> Export:
             bitmaps=config.bitmaps,
             allocation_depth=config.allocation_depth,
         )
-    except BaseException:
+    except BaseException as error:
+        refused = {bitmap.name for bitmap in image.tracker.refused()}
         await image.close()
-        raise
+        if not isinstance(error, BitmapError):
+            raise
+        way_out = f"; to remove it: {remedy(config.image, error.name)}" if error.name in refused else ""
+        raise ImageError(config.image, f"{error}{way_out}", errno=error.errno) from error
     report(config.image, image)
     return export
 

@@ -177,7 +177,7 @@ class TestRefusals:
     def test_no_such_bitmap(self, image: Path, tmp_path: Path) -> None:
         result = run(*argv(image, "-k", tmp_path / "s", "-B", "b0"))
         assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr == f"nbdbm: bitmap 'b0': no such bitmap in {image}\n"
+        assert result.stderr == f"nbdbm: {image}: bitmap 'b0': there is no such bitmap in the image\n"
         assert not (tmp_path / "s").exists()
 
     def test_live_socket(self, image: Path, tmp_path: Path) -> None:
