@@ -265,6 +265,8 @@ class _Reader:
             return None
         if needed not in table:
             self._mistake((*where, needed), "is missing", where)
+        if "grace" in table and "on-demand" in more and not table.get("on-demand"):
+            self._mistake((*where, "grace"), "needs on-demand = true: other images stay open")
         rules = {key: value for key, value in table.items() if key in ACCESS}
         rest = {key: value for key, value in table.items() if key not in ACCESS}
         access: Access | None = self._made(where, rules, ACCESS, Access)

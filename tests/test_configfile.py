@@ -180,6 +180,10 @@ def test_tcp_and_vsock(tmp_path: Path) -> None:
         ("[directory]", ["line 1: directory.path: is missing"]),
         ("[[export]]\nimage = 5", ["line 2: export.1.image: must be a string"]),
         ("[[export]]\nimage = ''", ["line 2: export.1.image: '': not a path"]),
+        (
+            "[[export]]\nimage = 'a'\ngrace = 3",
+            ["line 3: export.1.grace: needs on-demand = true: other images stay open"],
+        ),
         ("[server]\nmax-connections = true", ["line 2: server.max-connections: must be a whole number"]),
         ("[server]\nhandshake-timeout = nan", ["line 2: server.handshake-timeout: must be a number"]),
         (
