@@ -170,9 +170,7 @@ class Slot:
         self.leases.add(lease)
         self._unused.clear()
         self._registry.in_use(self)
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None
+        self._end_grace()
         return lease
 
     async def open(self) -> None:
@@ -198,11 +196,14 @@ class Slot:
         self._grace = asyncio.get_running_loop().call_later(grace, self.close_soon)
         self._registry.idle(self)
 
-    def close_soon(self) -> None:
-        """Close unless somebody uses it."""
+    def _end_grace(self) -> None:
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
+
+    def close_soon(self) -> None:
+        """Close unless somebody uses it."""
+        self._end_grace()
         self._registry.background(self._close_if_unused())
 
     async def _close_if_unused(self) -> None:
@@ -227,15 +228,20 @@ class Slot:
     async def closed(self) -> None:
         """Once nobody uses it, close it; returns when that is done. Errors are logged."""
         self.withdrawn = True
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None
+        self._end_grace()
         await self._unused.wait()
         try:
             async with self._change:
                 await self._close()
         except (NbdbmError, OSError) as error:
             self._closing_failed(error)
+
+    async def close(self) -> None:
+        """Close it, now that nobody uses any export any more. Raises what closing raises."""
+        self.withdrawn = True
+        self._end_grace()
+        async with self._change:
+            await self._close()
 
     def withdraw(self, why: str) -> None:
         """Offer it no more and ask its clients to leave; ``why`` is for them and the log."""
@@ -398,12 +404,8 @@ class ExportRegistry:
         self._slots, self._found, self.directory = {}, {}, None
         failure: Exception | None = None
         for slot in slots:
-            slot.withdrawn = True
-            if slot._grace is not None:
-                slot._grace.cancel()
             try:
-                async with slot._change:
-                    await slot._close()
+                await slot.close()
             except Exception as error:
                 failure = failure or error
         while self._tasks:

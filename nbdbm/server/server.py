@@ -221,14 +221,13 @@ class Server:
     async def _connect(self, sock: socket.socket, peer: Peer) -> None:
         try:
             prepare(sock)
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: self._new_connection(sock, peer), sock
-            )
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: self.adopt(sock, peer), sock)
         except OSError as error:
             log.debug("a client was gone before it was served: %s", error)
             sock.close()
 
-    def _new_connection(self, sock: socket.socket, peer: Peer) -> NbdConnection:
+    def adopt(self, sock: socket.socket | None, peer: Peer) -> NbdConnection:
+        """The protocol for a client that is there already; ``sock`` as NbdConnection has it."""
         connection = NbdConnection(self, sock, peer)
         self.metrics.accepted += 1
         self._connections.add(connection)

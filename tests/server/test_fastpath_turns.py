@@ -156,7 +156,7 @@ def test_a_client_that_leaves_amid_a_batch(place: Path, how: str) -> None:
             await client.close()
         else:
             client.writer.transport.abort()
-        await until(lambda: not server._connections)
+        await until(lambda: not server.connections)
         assert not server.budget.used
 
     fast_session(make(place, "plain"), work)

@@ -295,8 +295,8 @@ def test_who_it_is(pki: Pki, tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path, config(pki.server, verify_peer=True)) as (server, path):
             await upgraded(path, trusting(pki, known=True))
-            await until(lambda: all(each.peer.tls is not None for each in server._connections))
-            (connection,) = server._connections
+            await until(lambda: all(each.peer.tls is not None for each in server.clients))
+            (connection,) = server.clients
             assert connection.peer.uid == os.getuid()
             tls = connection.peer.tls
             assert tls is not None and tls.version == "TLSv1.3" and tls.cipher
@@ -450,7 +450,7 @@ def test_a_client_that_never_reads(pki: Pki, tmp_path: Path) -> None:
             client.writer.transport.pause_reading()  # type: ignore[attr-defined]
             for cookie in range(64):
                 client.read(cookie, 0, 16 << 20)
-            (connection,) = server._connections
+            (connection,) = server.clients
             await until(lambda: connection._outbox.blocked)
             await asyncio.sleep(0.2)
             assert server.budget.used <= 65 << 20

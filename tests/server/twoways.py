@@ -14,6 +14,7 @@ from typing import Any
 
 from nbdbm.exports import Export
 from nbdbm.image.image import Image, OpenOptions
+from nbdbm.peer import UNKNOWN
 from nbdbm.registry import ExportRegistry
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.listener import prepare
@@ -88,13 +89,9 @@ async def connect(server: Server, style: str, *, fast: bool, buffer: int = 0) ->
     if buffer:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
 
-    def factory() -> NbdConnection:
-        made = NbdConnection(server, ours if fast else None)
-        server._connections.add(made)
-        server._empty.clear()
-        return made
-
-    await asyncio.get_running_loop().connect_accepted_socket(factory, ours)
+    await asyncio.get_running_loop().connect_accepted_socket(
+        lambda: server.adopt(ours if fast else None, UNKNOWN), ours
+    )
     reader, writer = await asyncio.open_connection(sock=theirs, limit=1 << 16)
     client = RawClient(reader, writer)
     assert await reader.readexactly(18) == b"NBDMAGICIHAVEOPT\x00\x03"
@@ -106,7 +103,7 @@ async def connect(server: Server, style: str, *, fast: bool, buffer: int = 0) ->
 
 
 def only(server: Server) -> NbdConnection:
-    (one,) = server._connections
+    (one,) = server.clients
     return one
 
 

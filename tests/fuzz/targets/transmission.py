@@ -193,7 +193,7 @@ async def _session(seed: Seed, script: Script, mode: int, content: list[bytes | 
     registry.add(Export.of(image))
     server = Server(registry, ServerConfig(busy_poll=0))
     line = Line()
-    connection = server._new_connection(line if mode & 32 else None, UNKNOWN)  # type: ignore[arg-type]
+    connection = server.adopt(line if mode & 32 else None, UNKNOWN)  # type: ignore[arg-type]
     line.protocol = connection
     connection.connection_made(line)
     stream, ends = await _talk(connection, line, script, style, size, bool(mode & 64))
