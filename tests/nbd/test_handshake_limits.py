@@ -30,7 +30,9 @@ def test_long_option_is_drained_and_answered(option: int, expected: Rep) -> None
 def test_draining_needs_no_memory() -> None:
     protocol = ServerProtocol(ListCatalog(), limits=Limits(max_option_bytes=1 << 31))
     protocol.data_to_send()
-    protocol.receive_data(FLAGS + opt(9, length=1 << 30))
+    protocol.receive_data(FLAGS + opt(9, length=(1 << 30) + 4096))
+    assert len(protocol.get_buffer()) == 4096  # who sends much gets more from then on
+    assert protocol.buffer_updated(4096) == []
     for _ in range(1 << 12):
         view = protocol.get_buffer()
         assert len(view) >= 1 << 18

@@ -266,6 +266,37 @@ def test_oversize_write_is_drained(
     assert errors(b"".join(protocol.data_to_send())) == [(1, error)]
 
 
+@STYLES
+@pytest.mark.parametrize("offset", [0, MIB], ids=["served", "refused"])
+def test_much_is_received_at_once_only_while_it_is_payload(style: HeaderStyle, offset: int) -> None:
+    """However much a client sends, it does not keep us busy with requests for long while others wait."""
+    protocol = serving(SCRATCH, style)
+    write = request(style, Cmd.WRITE, 1, 0, 4096, PAYLOAD if style is EXTENDED else 0, bytes(4096))
+    read = request(style, Cmd.READ, 2, offset, 1)
+
+    def receive(stream: bytes) -> int:
+        """Give it as much of an endless ``stream`` as it takes at once; return how many messages that was."""
+        view = protocol.get_buffer()
+        unfinished = len(protocol._partial)
+        stream = (stream * (len(view) // len(stream) + 2))[unfinished:]
+        view[:] = stream[: len(view)]
+        events = protocol.buffer_updated(len(view))
+        return len(events) + len(protocol.data_to_send())
+
+    for _ in range(3):
+        assert receive(read) <= 150
+        assert receive(read) <= 150
+        # What is left of a read must not be taken for a write's beginning.
+        protocol.receive_data(read[len(protocol._partial) :] if protocol._partial else b"")
+        protocol.data_to_send()
+        assert receive(write) <= 1
+        assert receive(write) in range(60, 65), "a whole scratch"
+        assert receive(write) in range(60, 65)
+        protocol.receive_data(write[len(protocol._partial) :] if protocol._partial else b"")
+        protocol.data_to_send()
+        assert receive(read) > 8000, "the price of a change"
+
+
 @pytest.mark.parametrize(
     ("style", "length"), [(SIMPLE, (1 << 20) + 1), (STRUCTURED, 0xFFFFFFFF), (EXTENDED, 65537)]
 )
