@@ -216,7 +216,70 @@ class TestCache:
         assert image.reads == [(0, 1000)]
 
 
+    def test_any_number_takes_the_memory_of_one(self) -> None:
+        held: list[object] = []
+
+        class Waiting(MemoryImage):
+            async def read_sparse(self, view: memoryview, offset: int) -> list[tuple[int, bool]]:
+                held.append(view.obj)
+                await asyncio.sleep(0.001)
+                return await super().read_sparse(view, offset)
+
+        async def main() -> None:
+            image = Waiting(bytes(3 << 20))
+            export = export_of(image)
+            await asyncio.gather(*(export.cache(0, 3 << 20) for _ in range(100)))
+            assert len(held) == 300
+            assert len({id(each) for each in held}) == 1
+
+        asyncio.run(main())
+
+
 def test_flush() -> None:
     image = MemoryImage(b"")
     asyncio.run(export_of(image).flush())
     assert image.flushes == 1
+
+
+class SlowImage(WritableImage):
+    """Zeroing and trimming wait until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__(bytes(4096))
+        self.begun: list[tuple[str, int]] = []
+        self.go = asyncio.Semaphore(0)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, no_hole: bool = False, fast: bool = False, fua: bool = False
+    ) -> None:
+        self.begun.append(("zero", length))
+        await self.go.acquire()
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self.begun.append(("trim", length))
+        await self.go.acquire()
+
+
+def test_long_zeroes_and_trims_take_turns() -> None:
+    async def main() -> None:
+        image = SlowImage()
+        export = export_of(image)
+        long = exports.LONG
+
+        def zero(length: int) -> asyncio.Task[None]:
+            return asyncio.create_task(export.write_zeroes(0, length, no_hole=False, fast=False, fua=False))
+
+        def trim(length: int) -> asyncio.Task[None]:
+            return asyncio.create_task(export.trim(0, length, fua=False))
+
+        tasks = [zero(long), trim(long), zero(long + 1), zero(long - 1), trim(1), trim(1 << 40)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        # The short ones do not wait, not even for the long one that is being carried out.
+        assert image.begun == [("zero", long), ("zero", long - 1), ("trim", 1)]
+        for _ in tasks:
+            image.go.release()
+        await asyncio.gather(*tasks)
+        assert image.begun[3:] == [("trim", long), ("zero", long + 1), ("trim", 1 << 40)]
+
+    asyncio.run(main())
