@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -163,6 +164,9 @@ def load(path: str, tls: TlsConfig | None = None) -> ServeConfig:
 
     ``tls``, where the command line says something of it, goes before what the file says.
     """
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        # Nobody might ever write to it; and once more for each reload.
+        raise UsageError(f"{path}: is a pipe; a configuration is a file, to be read again")
     with open(path, "rb") as file:
         raw = file.read(MAX_SIZE + 1)
     if len(raw) > MAX_SIZE:

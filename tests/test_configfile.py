@@ -364,3 +364,9 @@ def test_the_documentation_has_every_key() -> None:
                  configfile.ACCESS, configfile.DIRECTORY):  # fmt: skip
         for key in keys:
             assert f"`{key}`" in text, f"{key} is not in docs/configuration.md"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "nbdbm.toml")
+    with pytest.raises(UsageError, match="is a pipe"):
+        load(str(tmp_path / "nbdbm.toml"))

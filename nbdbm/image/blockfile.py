@@ -191,8 +191,10 @@ class ThreadedFile:
         try:
             _refuse_kind(path, os.fstat(fd).st_mode)
             return cls(path, fd, writable=writable)
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, OSError):  # it has no size, as some files of the kernel
+                raise ImageError(path, f"cannot be opened: {error.strerror}", errno=error.errno) from error
             raise
 
     def real_path(self) -> str:

@@ -47,6 +47,11 @@ def test_refuses_by_kind(tmp_path: Path) -> None:
             assert caught.value.path == str(name)
 
 
+def test_refuses_a_file_without_a_size() -> None:
+    with pytest.raises(ImageError, match=r"^/proc/self/mem: cannot be opened: Invalid argument$"):
+        ThreadedFile.open("/proc/self/mem")
+
+
 def test_refuses_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="No such file") as caught:
         ThreadedFile.open(str(tmp_path / "missing"))
