@@ -215,7 +215,6 @@ class TestCache:
         asyncio.run(export_of(image).cache(0, len(CONTENT)))
         assert image.reads == [(0, 1000)]
 
-
     def test_any_number_takes_the_memory_of_one(self) -> None:
         held: list[object] = []
 
