@@ -180,6 +180,8 @@ def load(path: str, tls: TlsConfig | None = None) -> ServeConfig:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: a number has too many digits") from error
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply") from error
     return _Reader(path, text, tls).config(document)

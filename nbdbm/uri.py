@@ -113,14 +113,11 @@ def parse(text: str) -> NbdUri:
         )
     if split.username is not None and not encrypted:
         raise UsageError(f"{text}: a user name has no meaning without TLS")
-    try:
-        export = unquote(split.path.removeprefix("/"), errors="strict")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{text}: the export name is not UTF-8") from error
+    export = _utf8(text, "export name", split.path.removeprefix("/"))
     socket = ""
     tls: dict[str, Any] = {}
     if split.username is not None:
-        tls["username"] = unquote(split.username)
+        tls["username"] = _utf8(text, "user name", split.username)
     # "+" is an ordinary character in a socket path, only web forms take it for a space.
     query = split.query.replace("+", "%2B")
     for key, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
@@ -144,10 +141,22 @@ def parse(text: str) -> NbdUri:
         return NbdUri(scheme, socket=socket, export=export, tls=UriTls(**tls))
     if socket:
         raise UsageError(f"{text}: a socket parameter needs the nbd+unix scheme")
-    host = unquote(split.hostname or "")
+    host = _utf8(text, "host", split.hostname or "")
     if not host:
         raise UsageError(f"{text}: the host is missing: write nbd://HOST/EXPORT")
+    if set(host) & set("/?#@[]\0") or (":" in host and "[" not in split.netloc):
+        raise UsageError(f"{text}: {host!r} is no host")
     return NbdUri(scheme, host, DEFAULT_PORT if port is None else port, "", export, UriTls(**tls))
+
+
+def _utf8(text: str, what: str, quoted: str) -> str:
+    """A part of the URI that is text, decoded."""
+    try:
+        found = unquote(quoted, errors="strict")
+        found.encode()  # bytes that the command line could not decode are there as surrogates
+    except UnicodeError as error:
+        raise UsageError(f"{text}: the {what} is not UTF-8") from error
+    return found
 
 
 TLS_PARAMETERS = ("tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer")

@@ -243,6 +243,7 @@ def test_what_is_not_toml(tmp_path: Path) -> None:
     assert "line 2" in line
     assert mistakes(tmp_path, b"a = 1\nb = '\xff'") == ["line 2: not UTF-8"]
     assert mistakes(tmp_path, "a = " + "[" * 100_000) == ["nested too deeply"]
+    assert mistakes(tmp_path, "a = " + "9" * 5000) == ["a number has too many digits"]
     assert mistakes(tmp_path, b"#" * (1024 * 1024 + 1)) == ["longer than 1048576 bytes"]
 
 
