@@ -29,6 +29,7 @@ from nbdbm.server.account import Account
 from nbdbm.server.ahead import StatusAhead
 from nbdbm.server.busypoll import BusyPoll
 from nbdbm.server.dispatch import NAMES, Context, answer, cost
+from nbdbm.server.farewell import part
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.holdings import MAX_REQUESTS, Holdings
 from nbdbm.server.listener import silence
@@ -233,6 +234,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             log.debug("connection lost: %s", exc)
         self.account.end(Ending.DISCONNECTED, "" if exc is None else str(exc))
         self._lost = self._ended = True
+        part(self._wire)
         self._protocol.receive_eof()
         self._waiting.clear()
         self._ahead.clear()

@@ -43,6 +43,9 @@ SOCKET_BUFFER = 4 * 1024 * 1024
 FIRST_INHERITED = 3
 """The first file descriptor a service manager passes (sd_listen_fds(3))."""
 
+FREE_PORTS = range(49152, 65536)
+"""Of these a vsock port is chosen that nobody asked for."""
+
 EVERY_ADDRESS = {"*", "0.0.0.0", "::"}
 
 _NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
@@ -194,7 +197,12 @@ def owner_ids(owner: str | None) -> tuple[int, int]:
 
 
 def bind_vsock(port: int) -> Listener:
-    """Bind a port for virtual machines and their host (vsock(7)); 0 takes one that is free."""
+    """Bind a port for virtual machines and their host (vsock(7)); 0 takes one that is free.
+
+    The kernel would take any of 32 bits; libnbd's URIs have no room for half of them.
+    """
+    from random import sample
+
     family = getattr(socket, "AF_VSOCK", None)
     if family is None:
         raise UsageError("--vsock: this Python was built without vsock")
@@ -203,7 +211,14 @@ def bind_vsock(port: int) -> Listener:
     except OSError as error:
         raise UsageError(f"--vsock {port}: this kernel has no vsock: {error.strerror}") from error
     try:
-        _bind(sock, (socket.VMADDR_CID_ANY, port or socket.VMADDR_PORT_ANY), f"vsock:{port}")
+        candidates = [port] if port else sample(FREE_PORTS, 100)
+        for number in candidates:
+            try:
+                _bind(sock, (socket.VMADDR_CID_ANY, number), f"vsock:{port}")
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or number == candidates[-1]:
+                    raise
         return Listener([sock], NbdUri.vsock(sock.getsockname()[1]))
     except BaseException:
         sock.close()

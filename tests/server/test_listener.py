@@ -390,6 +390,10 @@ class TestVsock:
         assert str(made.uri("disk")) == f"nbd+vsock://2:{port}/disk"
         assert peer_of(made.sockets[0], (3, 1027)) == Peer(address="vsock:3:1027")
         assert not made.exposed
+        # libnbd's URIs take 31 bits.
+        assert port in listeners.FREE_PORTS
+        with pytest.raises(OSError, match=f"vsock:{port}"):
+            bind(ListenConfig(vsock=port))
         made.close()
 
     def test_no_such_family(self, monkeypatch: pytest.MonkeyPatch) -> None:
