@@ -29,9 +29,9 @@ test: peers $(COMPILED) $(PEERS_STAMP)
 unit: $(DEV_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/interop
 
-## make interop   only the tests against the peers
+## make interop   only the tests against the peers, with those that take long (systemd)
 interop: peers $(COMPILED) $(PEERS_STAMP)
-	NBDBM_REQUIRE_PEERS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/interop
+	NBDBM_REQUIRE_PEERS=1 NBDBM_LONG=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/interop
 
 ## make soak      every kind of client, reloads, restarts and kills for SOAK_SECONDS (600)
 SOAK_SECONDS ?= 600
@@ -43,6 +43,7 @@ peers:
 	@scripts/install_peers.sh
 	@scripts/unpack_peers.sh bookworm
 	@scripts/unpack_peers.sh trixie
+	@scripts/unpack_peers.sh machine
 	@scripts/unpack_virtnbdbackup.sh
 
 ## make bench     beside qemu-nbd: times, memory; BENCH_ARGS="--quick randread" for less, --help for more

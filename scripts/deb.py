@@ -52,6 +52,7 @@ Section: admin
 Priority: optional
 Installed-Size: {size}
 Depends: python3 (>= {minor}), python3 (<< {next}), libc6 (>= {libc})
+Recommends: procps
 Suggests: libnbd-bin, qemu-utils
 Description: NBD server for incremental backup of qcow2 images
  Serves qcow2 disk images and their dirty bitmaps over NBD, without QEMU, and

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Unpack peers that are not to be installed: newer ones than the system's, and what a guest is made of.
 #
-# Usage: unpack_peers.sh [--where] bookworm|trixie
+# Usage: unpack_peers.sh [--where] bookworm|trixie|machine
 #
 #   bookworm  a guest: Debian 12's kernel, nbd-client and file system tools, and the QEMU that runs it
 #   trixie    QEMU 10, libnbd 1.22 with 64-bit headers; the same kind of guest, with Debian 13's kernel
+#   machine   what a whole Debian 13 with systemd needs that serves images, for such a guest
 #
 # They come with every library they need, and their own Python, into a directory that is not part of the
 # system: nothing is installed, no root is needed, and the programs run through their own dynamic loader
@@ -17,22 +18,24 @@ if [ "${1:-}" = --where ]; then
     where=yes
     shift
 fi
-suite=${1:-}
+name=${1:-}
+suite=$name
 guest=(qemu-system-x86 linux-image-cloud-amd64 busybox-static nbd-client e2fsprogs)
-case $suite in
+case $name in
     bookworm) packages=("${guest[@]}") ;;
     trixie) packages=(qemu-utils libnbd-bin python3-libnbd "${guest[@]}") ;;
+    machine) suite=trixie packages=(systemd procps busybox-static python3-libnbd libnbd-bin qemu-utils) ;;
     *) sed -n 's/^# Usage: /usage: /p' "$0" >&2; exit 2 ;;
 esac
 
 mirror=${NBDBM_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 if [ -n "${NBDBM_PEERS:-}" ]; then
-    place=$NBDBM_PEERS/$suite
+    place=$NBDBM_PEERS/$name
 elif [ "$(id -u)" = 0 ]; then
-    place=/var/cache/nbdbm/$suite
+    place=/var/cache/nbdbm/$name
 else
-    place=${XDG_CACHE_HOME:-$HOME/.cache}/nbdbm/$suite
+    place=${XDG_CACHE_HOME:-$HOME/.cache}/nbdbm/$name
 fi
 if [ -n "$where" ]; then
     echo "$place"
@@ -71,8 +74,8 @@ fetch update
 fetch --download-only install "${packages[@]}" >/dev/null
 # As on an installed system, /bin, /lib and the like are links into /usr.
 mkdir -p "$work"/root/usr/{bin,sbin,lib,lib64}
-for name in bin sbin lib lib64; do
-    ln -s "usr/$name" "$work/root/$name"
+for directory in bin sbin lib lib64; do
+    ln -s "usr/$directory" "$work/root/$directory"
 done
 for archive in "$work"/apt/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$archive" | tar -x --keep-directory-symlink --no-same-owner -C "$work/root"

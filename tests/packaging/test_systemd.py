@@ -97,7 +97,16 @@ def test_the_bitmaps_get_time_to_be_stored(name: str) -> None:
 
 
 def test_both_services_are_confined_alike() -> None:
-    own = {"ExecStart", "ExecReload", "Description", "After", "Wants", "EnvironmentFile", "AssertPathExists"}
+    own = {
+        "ExecStart",
+        "ExecReload",
+        "Description",
+        "After",
+        "Wants",
+        "Environment",
+        "EnvironmentFile",
+        "AssertPathExists",
+    }
     one, other = ({k: v for k, v in directives(name).items() if k not in own} for name in SERVICES)
     assert one == other
 

@@ -13,7 +13,7 @@ import re
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,18 @@ MODULES = ["virtio_pci", "virtio_net", "nbd"]
 PROGRAMS = ["nbd-client", "mkfs.ext4", "e2fsck"]
 """Beside those of BusyBox."""
 
-TIMEOUT = 150
+TIMEOUT = 300
 """Seconds from power on to power off: a busy machine emulates slowly, and none of it is hurried."""
 
-INIT = """\
+START = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs none /dev
 mount -t proc none /proc
 mount -t sysfs none /sys
 for module in /modules/*; do insmod "$module"; done
+"""
+INIT = """\
 ip link set lo up
 ip link set eth0 up
 ip address add 10.0.2.15/24 dev eth0
@@ -96,21 +98,46 @@ def missing(suite: str) -> str | None:
 
 
 @contextlib.contextmanager
-def started(kernel: str, place: Path, script: str) -> Iterator[Machine]:
-    """Boot ``kernel`` (a key of KERNELS) with a shell script to run; files go to ``place``."""
+def started(
+    kernel: str,
+    place: Path,
+    script: str,
+    *,
+    init: str = INIT,
+    modules: Sequence[str] = MODULES,
+    disk: Path | None = None,
+) -> Iterator[Machine]:
+    """Boot ``kernel`` (a key of KERNELS) with a shell script to run; files go to ``place``.
+
+    Args:
+        init: what is done once the ``modules`` are there; by default, the script.
+        disk: a raw image for /dev/vda, which keeps nothing of what is written to it.
+    """
     root = qemu.unpacked(KERNELS[kernel])
     tools = qemu.Tools(kernel, root)
     archive = place / "initrd"
-    archive.write_bytes(initramfs(tools, root, script))
+    archive.write_bytes(initramfs(tools, root, script, START + init, modules))
+    drive = ["-drive", f"file={disk},if=virtio,format=raw,snapshot=on"] if disk else []
     (image,) = root.glob("boot/vmlinuz-*")
     console = place / "console"
     console.write_bytes(b"")
     argv = tools.argv(
         "qemu-system-x86_64",
-        *("-M", "pc,accel=tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-no-user-config", "-no-reboot"),
+        *(
+            "-M",
+            "pc,accel=tcg",
+            "-cpu",
+            "max",
+            "-m",
+            "256" if disk is None else "512",
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+        ),
         *("-L", root / "usr/share/qemu", "-L", root / "usr/share/seabios"),
         *("-display", "none", "-serial", f"file:{console}"),
         *("-kernel", image, "-initrd", archive, "-append", "console=ttyS0 loglevel=1 panic=-1"),
+        *drive,
         *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
     )
     (modules,) = root.glob("usr/lib/*-linux-*/qemu")
@@ -139,9 +166,9 @@ def run(kernel: str, place: Path, script: str) -> str:
 # -- the archive in memory
 
 
-def initramfs(tools: qemu.Tools, root: Path, script: str) -> bytes:
+def initramfs(tools: qemu.Tools, root: Path, script: str, init: str, modules: Sequence[str]) -> bytes:
     """A cpio archive (the kernel's "newc" kind): BusyBox, programs with their libraries, modules, script."""
-    files: dict[str, bytes] = {"init": INIT.encode(), "script": script.encode()}
+    files: dict[str, bytes] = {"init": init.encode(), "script": script.encode()}
     files["bin/busybox"] = (root / "usr/bin/busybox").read_bytes()
     for name in PROGRAMS:
         loader, option, libraries, program = tools.argv(name)
@@ -151,13 +178,13 @@ def initramfs(tools: qemu.Tools, root: Path, script: str) -> bytes:
             files[f"lib/{Path(path).name}"] = Path(path).read_bytes()
         # The path that the program itself names.
         files["lib64/ld-linux-x86-64.so.2"] = Path(loader).read_bytes()
-    for number, (name, data) in enumerate(_modules(root).items()):
+    for number, (name, data) in enumerate(_modules(root, modules).items()):
         files[f"modules/{number:02}-{name}.ko"] = data
     return _cpio(files)
 
 
-def _modules(root: Path) -> dict[str, bytes]:
-    """MODULES with those that they need, in the order in which they can be loaded."""
+def _modules(root: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    """Modules with those that they need, in the order in which they can be loaded."""
     paths = {
         path.name.partition(".ko")[0].replace("-", "_"): path
         for path in root.glob("usr/lib/modules/*/kernel/**/*.ko*")
@@ -176,7 +203,7 @@ def _modules(root: Path) -> dict[str, bytes]:
             add(needed.replace("-", "_"))
         found[name] = data
 
-    for name in MODULES:
+    for name in wanted:
         add(name)
     return found
 

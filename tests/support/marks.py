@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import pytest
 
-from tests.support import guest, imageio, libnbd, nbdkit, qemu, virtnbdbackup
+from tests.support import guest, imageio, libnbd, machine, nbdkit, qemu, virtnbdbackup
 
 
 def requires(*peers: str) -> pytest.MarkDecorator:
@@ -81,6 +81,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
     "imageio": imageio.missing,
     **{kernel: partial(guest.missing, suite) for kernel, suite in guest.KERNELS.items()},
     "libnbd": libnbd.missing,
+    "machine": machine.missing,
     "nbdkit-python": nbdkit.missing,
     "newer": qemu.newer_missing,
     "python3.13": qemu.newer_python_missing,
