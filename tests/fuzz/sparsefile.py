@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 
-from tests.support.crashfile import Unlocked
+from tests.support.files import Unlocked
 
 PAGE = 4096
 
@@ -111,23 +111,11 @@ class SparseFile(Unlocked):
         await asyncio.sleep(0)
         return self._content.load(offset, length)
 
-    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
-        view[:] = await self.pread(offset, len(view))
-
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         assert not self.closed and offset >= 0
         if self._cached:
             view[:] = self._content.load(offset, len(view))
         return self._cached
-
-    def cached_fd(self, offset: int, length: int) -> int:
-        return -1
-
-    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
-        assert length > 0 and limit > 0
-        inside = min(length, max(0, self.size - offset))
-        runs = [(True, inside), (False, length - inside)]
-        return [run for run in runs if run[1]][:limit]
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         await self._change(offset, len(data))

@@ -42,9 +42,6 @@ class LateFile(FaultFile):
             if self.failing:
                 raise OSError(errno.EIO, "no luck", self.path)
 
-    def reopen(self, *, writable: bool) -> None:
-        self.writable = writable
-
 
 async def late(bench: Bench) -> tuple[Image, LateFile]:
     """The image open for writing, and the file in which the bits of ``recording`` are hard to get."""

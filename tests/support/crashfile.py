@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tests.support.files import Unlocked
+
 SECTOR = 512
 """Bytes; a disk writes one whole or not at all."""
 NEVER = 1 << 62
@@ -44,26 +46,6 @@ class Op:
 
     def __str__(self) -> str:
         return f"{self.kind} file {self.file} @{self.offset:#x}+{self.length:#x} [{self.begun}, {self.ended}]"
-
-
-class Unlocked:
-    """What a HostFile has beyond a BlockFile, for files that nobody else can see."""
-
-    path: str
-    writable: bool
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return (0, id(self))
-
-    def real_path(self) -> str:
-        return os.path.realpath(self.path)
-
-    def lock(self, *, writable: bool, force_share: bool) -> str | None:
-        return None
-
-    def reopen(self, *, writable: bool) -> None:
-        self.writable = writable
 
 
 class CrashFile(Unlocked):
@@ -146,18 +128,9 @@ class CrashFile(Unlocked):
         await self._turn()
         return self.read(offset, length)
 
-    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
-        view[:] = await self.pread(offset, len(view))
-
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         view[:] = self.read(offset, len(view))
         return True
-
-    def cached_fd(self, offset: int, length: int) -> int:
-        return -1
-
-    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
-        return data_runs_of(self.size, offset, length, limit)
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         await self._turn()
@@ -274,10 +247,3 @@ def runs_of(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             stop += 1
         yield numbers[at], numbers[stop - 1] + 1
         at = stop
-
-
-def data_runs_of(size: int, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
-    """As of a host that cannot tell: all is data up to the end of the file."""
-    data = max(0, min(length, size - offset))
-    runs = [(True, data), (False, length - data)]
-    return [run for run in runs if run[1]][:limit]

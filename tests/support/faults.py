@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from nbdbm.image.blockfile import HostFile
+from tests.support.files import Around
 from tests.support.powercut import SECTOR
 
 CHANGING = frozenset({"pwrite", "zero", "discard", "truncate", "sync"})
@@ -60,28 +61,12 @@ class FaultPlan:
         return OSError(self.errno, os.strerror(self.errno), path)
 
 
-class FaultFile:
+class FaultFile(Around):
     """``inner``, with failures by ``plan``. A failed sync did not sync; a failed read read nothing."""
 
     def __init__(self, inner: HostFile, plan: FaultPlan) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.plan = plan
-        self.path = inner.path
-        self.writable = inner.writable
-
-    @property
-    def size(self) -> int:
-        return self.inner.size
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return self.inner.identity
-
-    def real_path(self) -> str:
-        return self.inner.real_path()
-
-    def lock(self, *, writable: bool, force_share: bool) -> str | None:
-        return self.inner.lock(writable=writable, force_share=force_share)
 
     async def pread(self, offset: int, length: int) -> bytes:
         if self.plan.hits("pread"):
@@ -96,12 +81,6 @@ class FaultFile:
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         # Where reads can fail everything goes the long way: this one has no way to report.
         return "pread" not in self.plan.kinds and self.inner.try_pread_into(view, offset)
-
-    def cached_fd(self, offset: int, length: int) -> int:
-        return -1
-
-    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
-        return await self.inner.data_runs(offset, length, limit)
 
     def _survivors(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Ranges (low, high) of a failed write that were written nevertheless."""
@@ -145,9 +124,3 @@ class FaultFile:
         if self.plan.hits("sync"):
             raise self.plan.failure(self.path, "sync")
         await self.inner.sync()
-
-    def allocated(self) -> int:
-        return self.inner.allocated()
-
-    def close(self) -> None:
-        self.inner.close()

@@ -11,39 +11,18 @@ import random
 from collections.abc import Callable
 
 from nbdbm.image.blockfile import HostFile, ThreadedFile
+from tests.support.files import Around
 
 SECTOR = 512
 
 
-class JitterFile:
+class JitterFile(Around):
     """``inner``, slowed down. ``patience`` is the most turns that a call waits at a time."""
 
     def __init__(self, inner: HostFile, rng: random.Random, *, patience: int = 4) -> None:
-        self.inner = inner
-        self.path = inner.path
+        super().__init__(inner)
         self._rng = rng
         self._patience = patience
-
-    @property
-    def size(self) -> int:
-        return self.inner.size
-
-    @property
-    def writable(self) -> bool:
-        return self.inner.writable
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return self.inner.identity
-
-    def real_path(self) -> str:
-        return self.inner.real_path()
-
-    def lock(self, *, writable: bool, force_share: bool) -> str | None:
-        return self.inner.lock(writable=writable, force_share=force_share)
-
-    def reopen(self, *, writable: bool) -> None:
-        self.inner.reopen(writable=writable)
 
     async def _wait(self) -> None:
         for _ in range(self._rng.randrange(self._patience + 1)):
@@ -70,9 +49,6 @@ class JitterFile:
 
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         return self._rng.random() < 0.3 and self.inner.try_pread_into(view, offset)
-
-    def cached_fd(self, offset: int, length: int) -> int:
-        return -1
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         await self._wait()
@@ -109,12 +85,6 @@ class JitterFile:
 
     async def sync(self) -> None:
         await self._wait()  # whether it reaches the disk is nothing that these tests could tell
-
-    def allocated(self) -> int:
-        return self.inner.allocated()
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def jittery(seed: int, *, patience: int = 4) -> Callable[[str, bool], HostFile]:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from tests.support.files import InMemory
+
 Kind = Literal["pread", "pwrite", "zero", "discard", "truncate", "sync"]
 
 
@@ -21,7 +23,7 @@ class Operation(NamedTuple):
     """What was written."""
 
 
-class MemoryFile:
+class MemoryFile(InMemory):
     """A file that is a bytearray.
 
     ``log`` records every operation in the order in which it took effect. ``before``, when set, is called
@@ -55,21 +57,9 @@ class MemoryFile:
         await self._begin(Operation("pread", offset, length))
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
-    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
-        view[:] = await self.pread(offset, len(view))
-
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         view[:] = bytes(self.data[offset : offset + len(view)]).ljust(len(view), b"\0")
         return True
-
-    def cached_fd(self, offset: int, length: int) -> int:
-        return -1
-
-    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
-        assert length > 0 and limit > 0
-        inside = min(length, max(0, self.size - offset))
-        runs = [(True, inside), (False, length - inside)]
-        return [run for run in runs if run[1]][:limit]
 
     def _put(self, offset: int, data: bytes) -> None:
         self.data.extend(bytes(max(0, offset + len(data) - len(self.data))))

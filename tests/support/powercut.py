@@ -41,11 +41,10 @@ from tests.support.crashfile import (
     Kind,
     Op,
     Scratch,
-    Unlocked,
-    data_runs_of,
     garbage_of,
     runs_of,
 )
+from tests.support.files import Unlocked
 
 __all__ = ["GARBAGE", "NEVER", "SECTOR", "CrashFile", "CrashState", "PowerCutFile", "Scratch", "Timeline"]
 
@@ -381,18 +380,9 @@ class PowerCutFile(Unlocked):
         await self._turns()
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
-    async def pread_into(self, view: memoryview, offset: int, *, hot: bool = True) -> None:
-        view[:] = await self.pread(offset, len(view))
-
     def try_pread_into(self, view: memoryview, offset: int) -> bool:
         view[:] = bytes(self.data[offset : offset + len(view)]).ljust(len(view), b"\0")
         return True
-
-    def cached_fd(self, offset: int, length: int) -> int:
-        return -1
-
-    async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
-        return data_runs_of(self.size, offset, length, limit)
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         await self._do("write", offset, len(data), bytes(data))
