@@ -302,7 +302,7 @@ class ExportRegistry:
 
     def listing(self) -> Sequence[tuple[str, str]]:
         """Names and descriptions of all, in the order in which they were added."""
-        return self.view(lambda: UNKNOWN).listing()
+        return tuple(export for export in self.view(lambda: UNKNOWN).listing() if export is not None)
 
     def info(self, name: str) -> ExportInfo | Absent | None:
         """What a client that nobody knows may learn of the export."""
@@ -450,14 +450,14 @@ class View:
         self._peer = peer
         self._missing = missing
 
-    def listing(self) -> Sequence[tuple[str, str]]:
-        """Names and descriptions of those it may use, or could with TLS."""
-        peer = self._peer()
-        return tuple(
-            (source.name, source.description)
-            for source in self._registry.sources()
-            if source.access.judge(peer) is not Verdict.DENIED
-        )
+    def listing(self) -> Iterator[tuple[str, str] | None]:
+        """Names and descriptions of those it may use, or could with TLS; None for each of the others.
+
+        A list that is gone through while exports come and go is the one of before or after.
+        """
+        for source in self._registry.sources():
+            allowed = source.access.judge(self._peer()) is not Verdict.DENIED
+            yield (source.name, source.description) if allowed else None
 
     def info(self, name: str) -> ExportInfo | Absent | None:
         """The export of exactly this name, why it cannot be told of now, or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -41,8 +41,11 @@ class Absent(Enum):
 class Catalog(Protocol):
     """The exports there are for one client. Synchronous: the handshake asks in mid-parse."""
 
-    def listing(self) -> Sequence[tuple[str, str]]:
-        """Name and description of each export to list, in listing order."""
+    def listing(self) -> Iterable[tuple[str, str] | None]:
+        """Name and description of each export to list, in listing order; it may be gone through slowly.
+
+        None is an export that is not listed: finding that out took time, and there may be many.
+        """
 
     def info(self, name: str) -> ExportInfo | Absent | None:
         """The export of exactly this name, why it cannot be told of now, or None: there is none."""

@@ -7,7 +7,8 @@ except for GO and EXPORT_NAME, which the shell decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum, auto
 from typing import Literal
@@ -37,7 +38,7 @@ from nbdbm.nbd.messages import (
     display,
     encode,
 )
-from nbdbm.nbd.metacontext import MetaContext, Query, matches
+from nbdbm.nbd.metacontext import MetaContext, Query, matches, selector
 
 
 class State(Enum):
@@ -142,6 +143,10 @@ class _Cursor:
         value: int = U16.unpack_from(self.data, self._advance(2, what))[0]
         return value
 
+    def u16s(self, count: int, what: str) -> tuple[int, ...]:
+        values: tuple[int, ...] = struct.unpack_from(f">{count}H", self.data, self._advance(2 * count, what))
+        return values
+
     def u32(self, what: str) -> int:
         value: int = U32.unpack_from(self.data, self._advance(4, what))[0]
         return value
@@ -172,6 +177,10 @@ class _Cursor:
             raise _Invalid(f"{len(self.data) - self.at} bytes too many")
 
 
+def _context(option: Opt, number: int, name: str) -> bytes:
+    return OptionReply.pack(option, Rep.META_CONTEXT, U32.pack(number) + encode(name))
+
+
 def _shown(name: str) -> str:
     """An export name for an error text: cut, so that a hostile name does not fill a screen."""
     return repr(name if len(name) <= 80 else name[:80] + "...")
@@ -184,8 +193,8 @@ OptionEvent = GoRequested | ExportWanted | StartTls | Disconnected | None
 class Handshake:
     """The options of one connection, from the client's flags until it enters transmission.
 
-    Replies are appended to ``out``; the caller takes them. ``option`` returns an event when the shell
-    must act, and raises ProtocolViolation where only closing is left.
+    Replies are appended to ``out``, and long answers go on in ``more``; the caller takes them. ``option``
+    returns an event when the shell must act, and raises ProtocolViolation where only closing is left.
     """
 
     __slots__ = (
@@ -197,12 +206,14 @@ class Handshake:
         "_ids",
         "_limits",
         "_name_wanted",
+        "_next_id",
         "_option",
         "_option_bytes",
         "_options",
         "_pending",
         "_tls",
         "_zeroes",
+        "more",
         "out",
         "style",
     )
@@ -222,9 +233,14 @@ class Handshake:
         self._name_wanted = False
         """The only piece of information that is sent on request."""
         self._ids: dict[str, int] = {}
+        """Of the contexts selected last, which a client that selects once more gets again."""
+        self._next_id = 0
         self._contexts: tuple[MetaContext, ...] = ()
         self._contexts_of: str | None = None
         self.style = HeaderStyle.SIMPLE
+        self.more: Iterator[bytes] | None = None
+        """Replies to the last option that come after those in ``out``: there may be many. An empty one is no
+        reply; finding that out took time."""
         self.out: list[bytes] = [
             Greeting.newstyle(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES).pack()
         ]
@@ -309,6 +325,7 @@ class Handshake:
         self._encrypted = True
         self.style = HeaderStyle.SIMPLE
         self._ids = {}
+        self._next_id = 0
         self._contexts = ()
         self._contexts_of = None
 
@@ -324,7 +341,8 @@ class Handshake:
         """Answer the pending GO or EXPORT_NAME with success; transmission follows."""
         contexts = self._contexts if self._contexts_of == info.name else ()
         # The export may have been closed and opened anew since they were selected, without some of them.
-        contexts = tuple(context for context in contexts if context.name in info.contexts)
+        still = set(info.contexts) if contexts else ()
+        contexts = tuple(context for context in contexts if context.name in still)
         told = self._told(info, selecting=bool(contexts))
         maximum = min(info.maximum_payload, self._limits.max_payload)
         if self._option == Opt.GO:
@@ -363,12 +381,18 @@ class Handshake:
         return Disconnected(True, "the client aborted the handshake")
 
     def _list(self, data: bytes | memoryview) -> OptionEvent:
-        for name, description in self._catalog.listing():
-            raw = encode(name)
-            about = display(description)
-            self.out.append(OptionReply.pack(Opt.LIST, Rep.SERVER, U32.pack(len(raw)) + raw + about))
-        self._ack(Opt.LIST)
+        self.more = self._listed()
         return None
+
+    def _listed(self) -> Iterator[bytes]:
+        for export in self._catalog.listing():
+            if export is None:
+                yield b""
+                continue
+            raw = encode(export[0])
+            about = display(export[1])
+            yield OptionReply.pack(Opt.LIST, Rep.SERVER, U32.pack(len(raw)) + raw + about)
+        yield OptionReply.pack(Opt.LIST, Rep.ACK)
 
     def _starttls(self, data: bytes | memoryview) -> OptionEvent:
         if self._tls is TlsMode.OFF:
@@ -385,7 +409,7 @@ class Handshake:
         cursor = _Cursor(data)
         name = cursor.export_name()
         count = cursor.u16("number of information requests")
-        wanted = {cursor.u16("information request") for _ in range(count)}
+        wanted = cursor.u16s(count, "information request")
         cursor.end()
         info = self._find(option, name)
         if info is None:
@@ -422,14 +446,17 @@ class Handshake:
         info, queries = self._meta_request(data)
         if info is None:
             return None
-        names = matches(queries, info.contexts, listing=True) if queries else info.contexts
-        for name in names:
-            self._context(Opt.LIST_META_CONTEXT, 0, name)
-        self._ack(Opt.LIST_META_CONTEXT)
+        self.more = self._matching(queries, info.contexts)
         return None
 
+    @staticmethod
+    def _matching(queries: list[Query], names: Sequence[str]) -> Iterator[bytes]:
+        wanted = selector(queries, listing=True) if queries else None
+        for name in names:
+            yield _context(Opt.LIST_META_CONTEXT, 0, name) if wanted is None or wanted(name) else b""
+        yield OptionReply.pack(Opt.LIST_META_CONTEXT, Rep.ACK)
+
     def _set_meta_context(self, data: bytes | memoryview) -> OptionEvent:
-        option = Opt.SET_META_CONTEXT
         if self.style is HeaderStyle.SIMPLE:
             raise _Invalid("needs structured replies or extended headers")
         info, queries = self._meta_request(data)
@@ -438,16 +465,25 @@ class Handshake:
         names = matches(queries, info.contexts, listing=False)
         if len(names) > self._limits.max_contexts:
             raise _TooBig(f"{len(names)} contexts selected, the limit is {self._limits.max_contexts}")
-        # An id once given to a name stays with it for the connection, so that a client that asks twice
-        # cannot mix up old and new answers.
-        ids = self._ids
-        chosen = sorted(MetaContext(ids.setdefault(name, len(ids)), name) for name in names)
-        for context in chosen:
-            self._context(option, *context)
-        self._ack(option)
-        self._contexts = tuple(chosen)
+        # What was selected before keeps its id, and no id is given to two names, so that a client that asks
+        # twice cannot mix up old and new answers.
+        ids: dict[str, int] = {}
+        for name in names:
+            number = self._ids.get(name)
+            if number is None:
+                number, self._next_id = self._next_id, self._next_id + 1
+            ids[name] = number
+        self._ids = ids
+        self._contexts = tuple(sorted(MetaContext(number, name) for name, number in ids.items()))
         self._contexts_of = info.name
+        self.more = self._selected(self._contexts)
         return None
+
+    @staticmethod
+    def _selected(contexts: Sequence[MetaContext]) -> Iterator[bytes]:
+        for context in contexts:
+            yield _context(Opt.SET_META_CONTEXT, *context)
+        yield OptionReply.pack(Opt.SET_META_CONTEXT, Rep.ACK)
 
     # parts of answers
 
@@ -517,9 +553,6 @@ class Handshake:
 
     def _item(self, option: Opt, data: bytes) -> None:
         self.out.append(OptionReply.pack(option, Rep.INFO, data))
-
-    def _context(self, option: Opt, number: int, name: str) -> None:
-        self.out.append(OptionReply.pack(option, Rep.META_CONTEXT, U32.pack(number) + encode(name)))
 
     def _ack(self, option: Opt) -> None:
         self.out.append(OptionReply.pack(option, Rep.ACK))

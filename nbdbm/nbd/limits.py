@@ -39,7 +39,8 @@ class Limits:
     max_queued: int = 1024 * 1024
     """Replies that may be waiting to be sent when another option is parsed. A client must await an
     option's reply before it sends the next ("Fixed newstyle negotiation"); without this limit a packet
-    of pipelined LISTs (16 bytes each) would have us build gigabytes."""
+    of pipelined LISTs (16 bytes each) would have us build gigabytes. Options answered in turns never get
+    there: replies are sent in between."""
 
     max_pipelined: int = 128
     """Options (a number) answered before any reply of theirs is sent, for the same reason: a packet of them

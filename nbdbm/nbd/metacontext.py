@@ -6,7 +6,7 @@ any other is ignored, never an error ("Metadata querying").
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from nbdbm.nbd.constants import CONTEXT_BITMAP
@@ -34,10 +34,15 @@ class Query(NamedTuple):
 
 
 def matches(queries: Iterable[Query], names: Sequence[str], *, listing: bool) -> list[str]:
-    """The names that any query asks for, each once, in the order of ``names``.
+    """The names that any query asks for, each once, in the order of ``names``."""
+    return list(filter(selector(queries, listing=listing), names))
 
-    Exact names match in both options, wildcards only when ``listing``. One pass over the queries and
-    one over the names: both may be 65535 long.
+
+def selector(queries: Iterable[Query], *, listing: bool) -> Callable[[str], bool]:
+    """Whether any query asks for a name.
+
+    Exact names match in both options, wildcards only when ``listing``. The queries are gone through once,
+    and for a name it does not matter how many there are: names may be 65535.
     """
     exact: set[str] = set()
     prefixes: set[str] = set()
@@ -47,6 +52,6 @@ def matches(queries: Iterable[Query], names: Sequence[str], *, listing: bool) ->
         elif listing:
             prefixes.add(query.text)
     if not prefixes:
-        return [name for name in names if name in exact]
+        return exact.__contains__
     starts = tuple(prefixes)
-    return [name for name in names if name in exact or name.startswith(starts)]
+    return lambda name: name in exact or name.startswith(starts)

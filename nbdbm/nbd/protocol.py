@@ -13,8 +13,8 @@ event, after which the shell sends what is queued, finishes what is in flight if
 from __future__ import annotations
 
 import logging
-import mmap
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from nbdbm.extents import ExtentList
 from nbdbm.nbd.catalog import Catalog, ExportInfo
@@ -44,6 +44,12 @@ from nbdbm.nbd.receiver import SMALL_BODY, Receiver
 from nbdbm.nbd.requests import Body, Goodbye, Requests
 from nbdbm.nbd.transmission import REPLIES, Chunks, Origins, Output, Refusal, ReplyBuilder
 
+HANDSHAKE_ROOM = OPTION.size + SMALL_BODY
+"""Bytes received at once in a handshake ``in_turns``: an option. What nobody answers yet is kept."""
+
+REPLIES_AT_ONCE = 64
+"""Of a long answer to an option, in one turn: a quarter of a millisecond, and 64 KiB of the longest names."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,14 +76,20 @@ class ServerProtocol(Receiver):
         refused: told the command (any number) and the error of each request that is answered with an error
             and becomes no event.
         tls: whether the client may or must ask for TLS.
+        in_turns: whether options wait until ``go_on`` is called, once for each and for each part of a long
+            answer: many clients, together, would otherwise keep everybody else waiting. Not all of an answer
+            is in memory then.
     """
 
     __slots__ = (
+        "_admitted",
         "_after_skip",
         "_allocate",
         "_handshake",
+        "_in_turns",
         "_limits",
         "_option",
+        "_option_data",
         "_origins",
         "_out",
         "_pipelined",
@@ -86,10 +98,12 @@ class ServerProtocol(Receiver):
         "_replies",
         "_requests",
         "_trace",
+        "_turn",
         "_write",
         "negotiated",
         "starved",
         "state",
+        "unfinished",
     )
 
     def __init__(
@@ -101,9 +115,17 @@ class ServerProtocol(Receiver):
         allocate: Callable[[int], Body | None] = bytearray,
         refused: Callable[[int, NbdErrno], None] | None = None,
         tls: TlsMode = TlsMode.OFF,
+        in_turns: bool = False,
     ) -> None:
         super().__init__(scratch)
         self._most = RECEIVE_FIRST
+        if in_turns:
+            self._room = HANDSHAKE_ROOM
+        self._in_turns = in_turns
+        self._turn = False
+        """The next option may be answered."""
+        self.unfinished = False
+        """An option, or part of an answer, waits for ``go_on``; receive nothing until it does not."""
         self._allocate = allocate
         self._refused = refused
         self.state = State.CLIENT_FLAGS
@@ -125,6 +147,10 @@ class ServerProtocol(Receiver):
         """What to answer once the bytes being thrown away are gone."""
         self._option: OptionRequest | None = None
         """The option whose data is the body under way."""
+        self._option_data: memoryview | None = None
+        """These data, complete, if the option waits for its turn."""
+        self._admitted = False
+        """The next option was let in and only lacks a buffer for its data."""
         self._write: Request | None = None
         """The WRITE whose payload is the body under way."""
         # From here on: set by accept().
@@ -156,8 +182,8 @@ class ServerProtocol(Receiver):
 
     @property
     def receiving(self) -> bool:
-        """Whether a payload is coming in, into the buffer that ``allocate`` gave."""
-        return self._write is not None
+        """Whether a payload is coming in, or an option's data, into the buffer that ``allocate`` gave."""
+        return self._write is not None or self._option is not None
 
     @property
     def traced(self) -> bool:
@@ -215,6 +241,8 @@ class ServerProtocol(Receiver):
             view[:count] = rest[:count]
             rest = rest[count:]
             events += self.buffer_updated(count)
+            while self.unfinished:
+                events += self.go_on()
         return events
 
     def receive_eof(self) -> list[Event]:
@@ -251,7 +279,7 @@ class ServerProtocol(Receiver):
             before = at
             if self.state is State.TRANSMISSION:
                 at = self._parse_requests(at, end, events)
-            elif self.state is State.OPTIONS:
+            elif self.state is State.OPTIONS and not self.unfinished:
                 at = self._parse_option(at, end, events)
             elif self.state is State.CLIENT_FLAGS:
                 at = self._parse_client_flags(at, end)
@@ -262,7 +290,7 @@ class ServerProtocol(Receiver):
                 # Somebody on the way may have put it there, to have it taken for what comes through TLS.
                 raise ProtocolViolation("plain text after NBD_OPT_STARTTLS")
             events.append(StartTls())
-        if self.state is State.DECIDING and end - at >= len(self._scratch):
+        if self.state is State.DECIDING and end - at >= self._room:
             raise ProtocolViolation("the client went on before its option was answered")
         if self.state is not State.CLOSED:
             self._keep(at, end)
@@ -274,7 +302,11 @@ class ServerProtocol(Receiver):
             request, self._write = self._write, None
             events.append(self._requests.received(request, body))
         elif self._option is not None:
+            if self._in_turns and not self._turn:
+                self._option_data, self.unfinished = body, True
+                return
             option, self._option = self._option, None
+            self._turn = False
             self._answer_option(option, body, events)
 
     def _drain(self, length: int, after: tuple[OptionRequest, Rep] | tuple[Request, Refusal]) -> None:
@@ -306,6 +338,8 @@ class ServerProtocol(Receiver):
         self._body = None
         self._skip = 0
         self._handshake = None
+        self._option = self._option_data = None
+        self.unfinished = False
         events.append(event)
 
     # Handshake
@@ -326,6 +360,7 @@ class ServerProtocol(Receiver):
         negotiated = self._handshake.accept(info)
         self._take_option_replies(self._handshake)
         self._handshake = None
+        self._room = len(self._scratch)
         self.negotiated = negotiated
         self._replies = REPLIES[negotiated.style]
         self._origins = Origins() if negotiated.extended else None
@@ -374,6 +409,39 @@ class ServerProtocol(Receiver):
         self.starved = 0
         return self._resume()
 
+    def go_on(self) -> list[Event]:
+        """Answer an option, or the next part of it, if something is ``unfinished``. Returns events."""
+        handshake = self._handshake
+        if not self.unfinished or handshake is None:
+            return []
+        self.unfinished = False
+        if handshake.more is not None:
+            self._take_more(handshake, REPLIES_AT_ONCE)
+            return self._resume()
+        self._turn = True
+        try:
+            if self._option_data is None:
+                return self._resume()
+            events: list[Event] = []
+            body, self._option_data = self._option_data, None
+            try:
+                self._body_complete(body, events)
+            except ProtocolViolation as fault:
+                self._close(events, Disconnected(False, str(fault)))
+            return events if events else self._resume()
+        finally:
+            self._turn = False
+
+    def _take_more(self, handshake: Handshake, count: int | None = None) -> None:
+        """Queue the next replies of a long answer, or all."""
+        assert handshake.more is not None
+        replies = list(islice(handshake.more, count))
+        if count is None or len(replies) < count:
+            handshake.more = None
+        handshake.out += filter(None, replies)
+        self._take_option_replies(handshake)
+        self.unfinished = handshake.more is not None
+
     def _resume(self) -> list[Event]:
         """Parse what came while the shell was deciding."""
         self.get_buffer()
@@ -399,11 +467,18 @@ class ServerProtocol(Receiver):
         goodbye = option.option == Opt.ABORT
         if end - start < length <= SMALL_BODY and not goodbye:
             return at
+        handshake = self._handshake
+        assert handshake is not None
+        if self._admitted:
+            self._admitted = False
+            return self._begin_option(option, start, end)
+        if self._in_turns and not self._turn:
+            self.unfinished = True
+            return at
+        self._turn = False
         self._pipelined += 1
         if self._queued > self._limits.max_queued or self._pipelined > self._limits.max_pipelined:
             raise ProtocolViolation("the client sends options without awaiting their replies")
-        handshake = self._handshake
-        assert handshake is not None
         verdict = handshake.begin(option.option, length)
         if self._trace:
             logger.debug("< %s", option)
@@ -415,12 +490,19 @@ class ServerProtocol(Receiver):
             self._drain(length, (option, verdict))
             return start
         if end - start < length:
-            self._option = option
-            # Pages of it are taken as they are received, not as they are announced.
-            self._begin_body(memoryview(mmap.mmap(-1, length)), start, end)
-            return end
+            return self._begin_option(option, start, end)
         self._answer_option(option, bytes(self._view[start : start + length]), events)
         return start + length
+
+    def _begin_option(self, option: OptionRequest, start: int, end: int) -> int:
+        """Receive an option's data into a buffer of their own, which begins at ``start``."""
+        buffer = self._payload_buffer(option.length)
+        if buffer is None:
+            self._admitted = True
+            return start - OPTION.size
+        self._option = option
+        self._begin_body(memoryview(buffer)[: option.length], start, end)
+        return end
 
     def _answer_option(self, option: OptionRequest, data: bytes | memoryview, events: list[Event]) -> None:
         handshake = self._handshake
@@ -429,6 +511,11 @@ class ServerProtocol(Receiver):
 
     def _act(self, handshake: Handshake, event: OptionEvent, events: list[Event]) -> None:
         self._take_option_replies(handshake)
+        if handshake.more is not None:
+            if self._in_turns:
+                self.unfinished = True
+            else:
+                self._take_more(handshake)
         if isinstance(event, GoRequested | ExportWanted):
             self._become(State.DECIDING)
             events.append(event)

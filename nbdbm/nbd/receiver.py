@@ -30,7 +30,7 @@ class Receiver:
             more than SMALL_BODY and a few headers.
     """
 
-    __slots__ = ("_body", "_filled", "_most", "_partial", "_scratch", "_skip", "_view")
+    __slots__ = ("_body", "_filled", "_most", "_partial", "_room", "_scratch", "_skip", "_view")
 
     def __init__(self, scratch: bytearray | None = None) -> None:
         self._scratch: bytearray | memoryview = _shared if scratch is None else scratch
@@ -38,6 +38,8 @@ class Receiver:
         self._view = memoryview(self._scratch)
         self._most = len(self._scratch)
         """Bytes that are received into the scratch at once, beside the incomplete message."""
+        self._room = len(self._scratch)
+        """How much of it is used, and so what may be kept of an incomplete message, in bytes."""
         self._partial = b""
         """Bytes of an incomplete message; they are at the scratch's front while it is being filled."""
         self._body: memoryview | None = None
@@ -53,7 +55,7 @@ class Receiver:
         held = len(self._partial)
         if held:
             self._scratch[:held] = self._partial
-        return self._view[held : held + self._most]
+        return self._view[held : min(held + self._most, self._room)]
 
     def _received(self, count: int) -> int:
         """Note ``count`` received bytes; return where the unparsed bytes in the scratch end.

@@ -14,6 +14,7 @@ import logging
 import socket
 from collections import deque
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from nbdbm.errors import NbdError
@@ -85,6 +86,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             allocate=self._holdings.payload_buffer,
             refused=self.account.refused,
             tls=TlsMode.OFF if server.tls is None else server.tls.mode,
+            in_turns=True,
         )
         self._transport: asyncio.Transport | None = None
         self._lease: Lease | None = None
@@ -108,6 +110,10 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Nothing more is read."""
         self._lost = False
         self._pump_scheduled = False
+        self._turn_awaited = False
+        """Its handshake waits for its turn in the rota."""
+        self._had = 0.0
+        """Seconds of the turns that it has had."""
 
     # -- callbacks of the transport
 
@@ -428,6 +434,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             ready=ready,
             failed=failed,
         )
+        self._read_on()  # paused while the option waited for its turn: from here on the tunnel reads
         self._transport = tunnel
         self._outbox.encrypt(tunnel)
         tunnel.start()
@@ -462,19 +469,43 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif self._ended:
             self._pause()
             self._close_if_answered()
+        elif self._protocol.unfinished:
+            self._pause()
+            if not self._outbox.full:
+                self._await_turn()
         elif self._protocol.starved:
             self._pause()
             self._holdings.await_room(self._protocol.starved)
         elif self._outbox.blocked or self._holdings.full:
             self._pause()
-        elif self._paused:
-            self._paused = False
-            cast(asyncio.Transport, self._transport).resume_reading()
+        else:
+            self._read_on()
         if not (self._waiting or self._ahead):
-            if self._holdings.payload and not self._protocol.receiving:
-                self._holdings.drop_payload()  # the fast path has answered it
+            if self._holdings.payload and not self._protocol.receiving and self._opening is None:
+                self._holdings.drop_payload()  # the fast path has answered it, or it was an option's
             if not self._protocol.starved:
                 self._holdings.await_nothing()
+
+    def _await_turn(self) -> None:
+        if not self._turn_awaited:
+            self._turn_awaited = True
+            self._server.rota.add(self._had, self._have_turn)
+
+    def _have_turn(self) -> None:
+        """The handshake goes on by one step."""
+        self._turn_awaited = False
+        if self._lost or self._ended or self._outbox.full:
+            return  # once the client takes what there is, it is asked for anew
+        began = monotonic()
+        try:
+            self._take(self._protocol.go_on())
+            self._pump()
+        except BaseException:
+            # A bug: this connection ends, as it does where the transport has called us.
+            self.account.end(Ending.FAILED)
+            self.abort()
+            raise
+        self._had += monotonic() - began
 
     def _may_go_on(self) -> bool:
         """Whether something waits for nothing but its turn."""
@@ -545,6 +576,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._paused:
             self._paused = True
             cast(asyncio.Transport, self._transport).pause_reading()
+
+    def _read_on(self) -> None:
+        if self._paused:
+            self._paused = False
+            cast(asyncio.Transport, self._transport).resume_reading()
 
     def _close_if_answered(self) -> None:
         if self._holdings.running or self._opening is not None:

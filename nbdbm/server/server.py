@@ -20,6 +20,7 @@ from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.listener import SILENCE, Listener, peer_of, prepare
 from nbdbm.server.tls import Credentials
+from nbdbm.server.turns import Rota
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Server:
         self.metrics = Metrics()
         self.budget = Budget(lambda: self._connections)
         """What the connections hold in memory together; they keep the account."""
+        self.rota = Rota()
+        """Whose handshake goes on next."""
         self.busy_poll = self.config.busy_poll if processors() > 1 else 0.0
         """Seconds for which a connection awaits the next request awake; 0: never."""
         self.closing = False

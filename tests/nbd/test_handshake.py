@@ -530,3 +530,20 @@ class TestOnlyWithTls:
         _, protocol = late()
         (event,) = protocol.receive_data(opt(Opt.EXPORT_NAME, b"secret"))
         assert isinstance(event, Disconnected) and "TLS" in event.reason
+
+
+def test_selecting_again_and_again_costs_no_memory_and_mixes_nothing_up() -> None:
+    names = tuple(f"qemu:dirty-bitmap:{number}" for number in range(100))
+    protocol = ServerProtocol(ListCatalog(ExportInfo("disk", 1 << 20, DISK.flags, contexts=names)))
+    protocol.data_to_send()
+    protocol.receive_data(FLAGS + opt(8))
+    protocol.data_to_send()
+    given: dict[int, str] = {}
+    for first in [*range(0, 100, 5), *range(0, 100, 5)]:
+        protocol.receive_data(opt(10, meta_data("disk", *names[first : first + 10])))
+        *chosen, _ = split(b"".join(protocol.data_to_send()))
+        for _, _, data in chosen:
+            number, name = int.from_bytes(data[:4], "big"), data[4:].decode()
+            assert given.setdefault(number, name) == name
+        assert protocol._handshake is not None and len(protocol._handshake._ids) <= 10
+    assert len(given) > 100, "what was forgotten gets another id"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import mmap
 import resource
 import struct
 from pathlib import Path
 
 import pytest
 
+from nbdbm.nbd.catalog import ExportInfo
 from nbdbm.nbd.constants import Rep
-from nbdbm.nbd.events import Disconnected, GoRequested
+from nbdbm.nbd.events import Disconnected, Event, GoRequested
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
-from nbdbm.nbd.protocol import ServerProtocol
-from tests.support.options import FLAGS, haggle, info_data, kinds, meta_data, opt, split, string
-from tests.support.pair import ListCatalog
+from nbdbm.nbd.protocol import REPLIES_AT_ONCE, ServerProtocol
+from tests.support.options import FLAGS, Replies, haggle, info_data, kinds, meta_data, opt, split, string
+from tests.support.pair import DISK, ListCatalog
 
 SMALL = Limits(max_option_length=64, max_options=4, max_queued=100)
 
@@ -134,7 +137,8 @@ def test_an_announced_option_takes_memory_only_as_it_arrives() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     before = resident()
-    protocols = [ServerProtocol(ListCatalog()) for _ in range(100)]
+    pages = functools.partial(mmap.mmap, -1)
+    protocols = [ServerProtocol(ListCatalog(), allocate=pages) for _ in range(100)]
     for protocol in protocols:
         protocol.receive_data(FLAGS + opt(6, bytes(70_000), 1 << 20))
         assert not protocol.closed
@@ -147,3 +151,107 @@ def test_options_that_await_their_replies_are_never_too_many_bytes() -> None:
     for _ in range(10):
         protocol.data_to_send()
         assert protocol.receive_data(opt(3)) == []
+
+
+class TestInTurns:
+    """What a shell asks for that has many clients: an option a turn, and of a long answer only a part."""
+
+    def protocol(self, *exports: ExportInfo, limits: Limits = DEFAULT_LIMITS) -> ServerProtocol:
+        protocol = ServerProtocol(ListCatalog(*exports), limits=limits, in_turns=True)
+        protocol.data_to_send()
+        return protocol
+
+    def receive(self, protocol: ServerProtocol, data: bytes) -> None:
+        view = protocol.get_buffer()
+        view[: len(data)] = data
+        assert protocol.buffer_updated(len(data)) == []
+
+    def taken(self, protocol: ServerProtocol) -> Replies:
+        return split(b"".join(protocol.data_to_send()))
+
+    def test_one_option_a_turn(self) -> None:
+        protocol = self.protocol()
+        self.receive(protocol, FLAGS + opt(8) + opt(99) + opt(7, info_data("disk"))[:-1])
+        assert protocol.unfinished and self.taken(protocol) == []
+        assert protocol.go_on() == [] and protocol.unfinished
+        assert kinds(self.taken(protocol)) == [(8, Rep.ACK)]
+        assert protocol.go_on() == [] and not protocol.unfinished
+        assert kinds(self.taken(protocol)) == [(99, Rep.ERR_UNSUP)]
+        assert protocol.go_on() == [], "the rest is not there"
+        self.receive(protocol, opt(7, info_data("disk"))[-1:])
+        assert protocol.unfinished
+        assert protocol.go_on() == [GoRequested("disk")] and not protocol.unfinished
+
+    @pytest.mark.parametrize(
+        "asking",
+        [
+            opt(3),
+            opt(9, meta_data("many")),
+            opt(9, meta_data("many", "qemu:")),
+            opt(9, meta_data("many", "base:")),
+            opt(8) + opt(10, meta_data("many", *(f"qemu:dirty-bitmap:{n}" for n in range(2000)))),
+        ],
+        ids=["exports", "contexts", "bitmaps", "base", "selected"],
+    )
+    def test_long_answers_come_in_parts(self, asking: bytes) -> None:
+        names = ("base:allocation", *(f"qemu:dirty-bitmap:{n}" for n in range(2000)))
+        exports = [ExportInfo(f"export {number}", 1 << 20, DISK.flags) for number in range(2000)]
+        exports.append(ExportInfo("many", 1 << 20, DISK.flags, contexts=names))
+        at_once = ServerProtocol(ListCatalog(*exports))
+        at_once.data_to_send()
+        at_once.receive_data(FLAGS + asking + opt(6, info_data("many")))
+        expected = self.taken(at_once)
+        protocol = self.protocol(*exports)
+        for start in range(0, len(FLAGS + asking), 1000):
+            # What comes while there is something to do waits for it.
+            self.receive(protocol, (FLAGS + asking)[start : start + 1000])
+            while protocol.unfinished and start + 1000 < len(FLAGS + asking):
+                protocol.go_on()
+        self.receive(protocol, opt(6, info_data("many")))
+        replies, turns = self.taken(protocol), 0
+        while protocol.unfinished:
+            assert protocol.go_on() == []
+            part = self.taken(protocol)
+            assert len(part) <= max(REPLIES_AT_ONCE, 3)
+            replies += part
+            turns += 1
+        assert replies == expected and turns > 2000 // REPLIES_AT_ONCE
+
+    def test_data_wait_for_a_buffer_and_then_for_their_turn(self) -> None:
+        room = False
+        data = opt(9, meta_data("disk", *["x" * 1000] * 100, "base:"))
+
+        def allocate(length: int) -> bytearray | None:
+            return bytearray(length) if room else None
+
+        protocol = ServerProtocol(
+            ListCatalog(), allocate=allocate, limits=Limits(max_options=2), in_turns=True
+        )
+        protocol.data_to_send()
+        self.receive(protocol, FLAGS + data[:2000])
+        assert protocol.unfinished and protocol.go_on() == []
+        assert protocol.starved == len(data) - 16 and not protocol.receiving and not protocol.unfinished
+        room = True
+        assert protocol.feed() == [] and protocol.receiving and not protocol.starved
+        view = protocol.get_buffer()
+        assert len(view) == len(data) - 2000
+        view[:] = data[2000:]
+        assert protocol.buffer_updated(len(view)) == [] and protocol.unfinished and protocol.receiving
+        assert protocol.go_on() == []
+        while protocol.unfinished:
+            protocol.go_on()
+        assert kinds(self.taken(protocol)) == [(9, Rep.META_CONTEXT), (9, Rep.ACK)] and not protocol.receiving
+        self.receive(protocol, opt(99))
+        protocol.go_on()
+        assert not protocol.closed, "the option was counted once"
+
+    def test_little_is_kept_of_what_comes_too_early(self) -> None:
+        protocol = self.protocol()
+        protocol.receive_data(FLAGS + opt(7, info_data("disk")))
+        events: list[Event] = []
+        sent = 0
+        while not events:
+            view = protocol.get_buffer()
+            sent += len(view)
+            events = protocol.buffer_updated(len(view))
+        assert sent <= 70_000 and isinstance(events[0], Disconnected)

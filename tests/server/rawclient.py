@@ -52,6 +52,10 @@ class RawClient:
     async def option(self, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
         """Send an option; return its replies (type, data) up to the ACK or the error."""
         self.send(struct.pack(">QII", 0x49484156454F5054, option, len(data)) + data)
+        return await self.answer(option)
+
+    async def answer(self, option: int) -> list[tuple[int, bytes]]:
+        """The replies to an option that was sent."""
         replies = []
         while True:
             magic, about, kind, length = struct.unpack(">QIII", await self.reader.readexactly(20))

@@ -49,8 +49,8 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-async def connected(path: str) -> RawClient:
+async def connected(path: str, export: str = "") -> RawClient:
     """A client in transmission, simple replies."""
     client = await RawClient.connect(path)
-    assert (await client.go())[-1][0] == 1
+    assert (await client.go(export))[-1][0] == 1
     return client

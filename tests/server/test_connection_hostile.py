@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from nbdbm.config import ServerConfig
+from nbdbm.exports import Export
+from nbdbm.server import budget as budgets
+from nbdbm.server.server import Server
 from tests.server.memimage import MemoryImage, WritableImage
 from tests.server.rawclient import DISC, FLUSH, OPT_ABORT, OPT_GO, WRITE, RawClient, request
 from tests.server.running import connected, run, running, until
@@ -149,5 +152,82 @@ def test_a_reset_in_the_middle_of_a_payload(tmp_path: Path, sent: int) -> None:
             await until(lambda: server.connections == 0)
             assert server.budget.used == 0
         assert image.changes == []
+
+    run(main)
+
+
+def unread(server: Server) -> int:
+    """Bytes that the server holds of replies to the one that takes least."""
+    return max(client._outbox.left for client in server.clients)
+
+
+@pytest.mark.parametrize("asking", ["exports", "contexts", "information"])
+def test_a_crowd_that_asks_for_long_answers_and_reads_none(tmp_path: Path, asking: str) -> None:
+    """Nearly nothing is held for each, whatever the whole answer is, and who comes later is served."""
+    bitmaps = {f"{number:0900}": list[tuple[int, int]]() for number in range(2000)}
+    image = MemoryImage(CONTENT, bitmaps=bitmaps)
+
+    async def main() -> None:
+        async with running(image, tmp_path, ServerConfig(max_connections=0), name="disk") as (server, path):
+            for number in range(2000):
+                text = f"{number:0900}"
+                export = Export.of(MemoryImage(b""), name=text, description=text)  # type: ignore[arg-type]
+                server.registry.add(export)
+            name = struct.pack(">I", 4) + b"disk"
+            options = {
+                "exports": option(LIST),
+                "contexts": option(LIST_META, name + bytes(4)),
+                "information": option(6, name + struct.pack(">HH", 1, 1)) * 50,
+            }
+            crowd = [await RawClient.connect(path) for _ in range(50)]
+            for client in crowd:
+                client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                client.send(options[asking] * 20)
+            await until(lambda: unread(server) > 0 or asking == "information")
+            honest = await connected(path, "disk")
+            honest.read(1, 5, 100)
+            assert (await honest.reply()).data == CONTENT[5:105]
+            await honest.close()
+            assert unread(server) < 256 * 1024 and server.budget.used < 1 << 20
+            # And who reads gets all of it, in order.
+            crowd[0].writer.transport.resume_reading()  # type: ignore[attr-defined]
+            code, count = {"exports": (LIST, 2002), "contexts": (LIST_META, 2003), "information": (6, 4)}[
+                asking
+            ]
+            for _ in range(3):
+                assert len(await crowd[0].answer(code)) == count
+            for client in crowd:
+                client.writer.transport.abort()
+
+    run(main)
+
+
+def test_data_of_options_are_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that announce much and never send the last byte: bounded together, and gone if others wait."""
+    monkeypatch.setattr(budgets, "PATIENCE", 0.2)
+    monkeypatch.setattr(budgets, "LOOK_AGAIN", 0.02)
+    query = "x" * 4000
+    data = struct.pack(">II", 0, 250) + (struct.pack(">I", len(query)) + query.encode()) * 250
+    assert len(data) < 1 << 20
+
+    async def main() -> None:
+        async with running(MemoryImage(CONTENT), tmp_path, ServerConfig(max_connections=0)) as (server, path):
+            server.budget.limit = 10 << 20
+            crowd = [await RawClient.connect(path) for _ in range(50)]
+            for client in crowd:
+                client.send(option(LIST_META, data)[:-1])
+            await until(lambda: server.budget.used > 9 << 20)
+            honest = await connected(path)
+            honest.read(1, 5, 100)
+            assert (await honest.reply()).data == CONTENT[5:105], "what is small does not wait"
+            await honest.close()
+            patient = await RawClient.connect(path)
+            assert await patient.option(LIST_META, data) == [(1, b"")], "once somebody was cut off"
+            assert server.budget.used <= server.budget.limit
+            await patient.close()
+            for client in crowd:
+                client.writer.transport.abort()
+            await until(lambda: server.connections == 0)
+            assert server.budget.used == 0
 
     run(main)
