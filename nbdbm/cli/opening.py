@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from nbdbm.image.image import Image
 
 log = logging.getLogger(__name__)
-
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Why an image cannot be written to that can perhaps be read."""
 
 SCAN_AFTER = 1.0
 """Seconds for which the content of a directory is remembered: clients may ask as often as they like."""
@@ -92,7 +88,7 @@ async def open_image(config: ExportConfig) -> Image:
     try:
         return await Image.open(config.image, options)
     except ImageError as error:
-        if config.read_only or error.path != config.image or error.errno not in READ_ONLY:
+        if config.read_only or "cannot be opened for writing" not in error.reason:
             raise
         raise ImageError(
             error.path, f"{error.reason}; --read-only serves it as it is", errno=error.errno

@@ -122,3 +122,11 @@ def test_an_inconsistent_bitmap_that_is_asked_for(tmp_path: Path) -> None:
     says = rf"^{re.escape(str(image))}: bitmap 'sunday': cannot .*: nbdbm bitmap remove \S+ sunday$"
     with pytest.raises(ImageError, match=says):
         asyncio.run(source(ExportConfig(image=str(image), bitmaps=("sunday",))).open())
+
+
+def test_read_only_is_not_recommended_where_it_does_not_help(tmp_path: Path) -> None:
+    base, image = made(tmp_path / "base.qcow2"), tmp_path / "disk.qcow2"
+    nbdbm_run("create", "-b", base, "-F", "qcow2", image, check=True)
+    for read_only in (False, True):
+        with pytest.raises(ImageError, match=r"refused by --no-backing$"):
+            asyncio.run(source(ExportConfig(image=str(image), no_backing=True, read_only=read_only)).open())
