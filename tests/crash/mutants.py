@@ -348,3 +348,20 @@ def freed_before_switched(patch: MonkeyPatch) -> None:
         await switch(self, staged, header)
 
     patch.setattr(BitmapSaver, "switch", free_first)
+
+
+def failed_commit_forgotten(patch: MonkeyPatch) -> None:
+    """What a commit could not write is not written by the next one either."""
+    commit = Metadata._commit
+
+    async def careless(self: Metadata) -> None:
+        try:
+            await commit(self)
+        except BaseException:
+            for table in self._tables.values():
+                table.dirty = 0
+            self._tables.clear()
+            self._l1.clear()
+            raise
+
+    patch.setattr(Metadata, "_commit", careless)
