@@ -73,6 +73,15 @@ class Server:
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def files(self) -> set[str]:
+        """Paths of the files that it has open now; of deleted ones, with `` (deleted)`` behind."""
+        place = Path(f"/proc/{self.process.pid}/fd")
+        found = set()
+        for name in os.listdir(place):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(place / name))
+        return found
+
     def connect(self, timeout: float = 10) -> socket.socket:
         """A plain connected socket, for speaking bytes."""
         return _connect(self.socket, timeout)
