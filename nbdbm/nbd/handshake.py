@@ -530,7 +530,8 @@ class Handshake:
         """The export with the transmission flags that depend on what was agreed upon.
 
         BLOCK_STAT_PAYLOAD goes only with extended headers, and with GO only if contexts were selected
-        ("Transmission flags").
+        ("Transmission flags"). INFO tells of it in any case, or nobody could learn of it before; a GO right
+        behind it then differs in this flag, which is what qemu-nbd does too.
         """
         flags = info.flags | TransmissionFlag.HAS_FLAGS
         flags &= ~(TransmissionFlag.SEND_DF | TransmissionFlag.BLOCK_STAT_PAYLOAD)
