@@ -14,7 +14,7 @@ from tests.interop.writing import Guest, bitmaps, check, connect, content_by_qem
 from tests.support import images, libnbd, mounts, qemu, servers
 from tests.support.marks import requires
 
-pytestmark = [requires("qemu-img", "qemu-io", "qemu-nbd", "libnbd")]
+pytestmark = [requires("qemu-img", "qemu-io", "qemu-nbd", "libnbd", "newer")]
 
 SIZE = 64 << 20
 """Of the disk; the file systems are smaller."""
@@ -134,6 +134,39 @@ class TestReadOnly:
         assert one_line(done).endswith(": Read-only file system")
         assert str(files[1].parent) in done.stderr
         assert fingerprint(files) == before
+
+
+def test_read_only_from_one_moment_to_the_next(tmp_path: Path) -> None:
+    """An error of the disk under a file system: what was flushed is there, and no bitmap claims anything."""
+    nbd = libnbd.module()
+    path = tmp_path / "broken/disk.qcow2"
+    with mounts.ext4(tmp_path / "broken", 32 << 20) as broken:
+        servers.nbdbm_run("create", "-q", path, SIZE, check=True)
+        servers.nbdbm_run("bitmap", "add", path, "b", check=True)
+        with servers.nbdbm(path, writable=True, clean=False) as server:
+            client = connect(server.uri)
+            client.pwrite(b"a" * CLUSTER, 0)
+            client.flush()
+            client.pwrite(b"b" * CLUSTER, 1 << 20)
+            broken.abort()
+            for work in (lambda: client.pwrite(b"c" * CLUSTER, 2 << 20), client.flush):
+                with pytest.raises(nbd.Error) as caught:
+                    work()
+                assert caught.value.errno in ("EPERM", "EIO")
+            assert client.pread(CLUSTER, 0) == b"a" * CLUSTER
+            assert client.pread(CLUSTER, 1 << 20) == b"b" * CLUSTER
+            client.shutdown()
+            assert servers.stop(server.process) == 1
+            said = server.output().splitlines()
+    assert said[-1].startswith(f"nbdbm: {path}: what was written since the last flush could not be stored: ")
+    assert said[-1].endswith("; the bitmaps stay marked as in use")
+    disk = tmp_path / "broken.ext4"
+    qemu.run(qemu.newer().argv("e2fsck", "-fp", disk), check=False)
+    copy = tmp_path / "copy.qcow2"
+    qemu.newer().run("debugfs", "-R", f"dump /disk.qcow2 {copy}", disk)
+    assert check(copy)[0] in (0, 3)
+    assert flags_of(copy) == {"b": IN_USE}
+    qemu.SYSTEM.io(copy, f"read -q -P 97 0 {CLUSTER}", options=("-r", "-f", "qcow2"))
 
 
 class TestFull:

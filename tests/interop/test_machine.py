@@ -38,6 +38,7 @@ of() { systemctl show --value -p "$2" "$1"; }
 state() { echo "$1: $(of $1 ActiveState), $(of $1 Result)"; }
 bitmaps() { qemu-img info --output json vda.qcow2 | grep -c '"in-use"' || true; }
 
+echo
 echo "-- started by its first client"
 cp /etc/nbdbm/nbdbm.toml /shipped
 printf '[directory]\\npath = "/var/lib/nbdbm"\\n' >/etc/nbdbm/nbdbm.toml

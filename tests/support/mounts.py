@@ -46,12 +46,27 @@ class Mounted:
         """From now on nothing can be changed in it."""
         qemu.run(["mount", "-o", "remount,ro", str(self.path)])
 
+    def abort(self) -> None:
+        """What ext4 does when its disk has an error: from one moment to the next, nothing can be written."""
+        qemu.run(["mount", "-o", "remount,abort", str(self.path)])
+
+
+def memory(place: Path, size: int) -> contextlib.AbstractContextManager[Mounted]:
+    """A tmpfs of ``size`` bytes at ``place``, which is made; gone at the end of the block."""
+    return _mounted(place, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+
+
+def ext4(place: Path, size: int) -> contextlib.AbstractContextManager[Mounted]:
+    """An ext4 file system of ``size`` bytes at ``place``, which is made; in a file beside it."""
+    disk = place.with_suffix(".ext4")
+    qemu.newer().run("mkfs.ext4", "-q", disk, f"{size >> 10}k")
+    return _mounted(place, "-t", "ext4", "-o", "loop,errors=remount-ro", str(disk))
+
 
 @contextlib.contextmanager
-def memory(place: Path, size: int) -> Iterator[Mounted]:
-    """A tmpfs of ``size`` bytes at ``place``, which is made; gone at the end of the block."""
+def _mounted(place: Path, *words: str) -> Iterator[Mounted]:
     place.mkdir()
-    done = qemu.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=False)
+    done = qemu.run(["mount", *words, str(place)], check=False)
     if done.returncode != 0:
         pytest.skip(f"file systems cannot be mounted here: {done.stderr.strip()}")
     try:
