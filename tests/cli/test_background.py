@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_serve import TIMEOUT, argv, environment, greeted, run
+from tests.cli.program import TIMEOUT, argv, environment, greeted, run
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from nbdbm import cli
 from nbdbm.image.blockfile import ThreadedFile
-from tests.image.test_check import qemu_check
+from tests.image.checking import qemu_check
 from tests.support.marks import requires
 from tests.support.qcow2build import COPIED, Image, get_field
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from nbdbm.cli import main
 from nbdbm.cli.completion import SHELLS, VARIABLE
-from tests.cli.test_serve import environment
+from tests.cli.program import environment
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -22,7 +22,7 @@ import pytest
 
 from nbdbm.cli import logs
 from nbdbm.cli.logs import BURST, MAX_MESSAGE, WINDOW, JsonLines, ServerLog, TextLines, Writer
-from tests.cli.test_serve import TIMEOUT, ended, environment, run, started
+from tests.cli.program import TIMEOUT, ended, environment, run, started
 
 NASTY = "a\nnbdbm: forged\x1b[31m\x00\x9b\u2028\udc80"
 

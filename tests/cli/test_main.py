@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from nbdbm import __version__
 from nbdbm.cli import COMMANDS, LazyGroup, explain, main, printable
 from nbdbm.errors import ImageError, UsageError
-from tests.cli.test_serve import environment
+from tests.cli.program import environment
 
 TIMEOUT = 50
 

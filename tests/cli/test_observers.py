@@ -14,8 +14,7 @@ import pytest
 
 from nbdbm.config import ServerConfig, host_and_port
 from nbdbm.errors import UsageError
-from tests.cli.test_serve import TIMEOUT, ended, started
-from tests.cli.test_serving import SERVE, qcow2, raw
+from tests.cli.program import SERVE, TIMEOUT, ended, qcow2, raw, started
 from tests.server.test_exposition import Series, parsed, value
 from tests.support import libnbd
 from tests.support.servers import nbdbm_run

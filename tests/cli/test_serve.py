@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -10,7 +9,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,8 @@ from click.testing import CliRunner
 from nbdbm.cli import main, remedy
 from nbdbm.cli.serving import command_variables
 from nbdbm.uri import NbdUri
+from tests.cli.program import TIMEOUT, argv, ended, environment, greeted, run, started
 
-TIMEOUT = 40
 SIZE = 1 << 20
 
 
@@ -30,63 +28,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(range(256)) * (SIZE // 256))
     return path
-
-
-def argv(image: object, *options: object) -> list[str]:
-    """Without the lines about connections, which test_logs.py is about."""
-    return [sys.executable, "-m", "nbdbm", "serve", "-q", "-r", "-f", "raw", *map(str, options), str(image)]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """As users have it: without the asyncio debugging of the test suite."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONASYNCIODEBUG"}
-    return {**inherited, **extra}
-
-
-@contextlib.contextmanager
-def started(
-    *command: str, env: dict[str, str] | None = None, lines: int = 3
-) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """The process and its first lines of output, which mean that it can be connected to."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**(env or {})),
-    )
-    assert process.stdout is not None and process.stderr is not None
-    try:
-        said = [process.stdout.readline().rstrip("\n") for _ in range(lines)]
-        yield process, said
-    finally:
-        process.kill()
-        process.wait(TIMEOUT)
-        process.stdout.close()
-        process.stderr.close()
-
-
-def ended(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-    """Signal the process; return its status and what it said on stderr."""
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=TIMEOUT)
-    return process.returncode, errors
-
-
-def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, env=environment(**(env or {}))
-    )
-
-
-def greeted(address: str | tuple[str, int]) -> bool:
-    """Whether an NBD server answers at ``address``."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    with socket.socket(family) as client:
-        client.settimeout(TIMEOUT)
-        client.connect(address)
-        return client.recv(8) == b"NBDMAGIC"
 
 
 class TestOutput:

@@ -23,7 +23,7 @@ from nbdbm.cli import main
 from nbdbm.client import NbdClient
 from nbdbm.errors import NbdError
 from nbdbm.nbd.constants import CONTEXT_ALLOCATION, AllocationFlag
-from tests.cli.test_serve import TIMEOUT, ended, environment, run, started
+from tests.cli.program import TIMEOUT, ended, environment, run, started
 
 SIZE = 4 << 20
 CLUSTER = 65536

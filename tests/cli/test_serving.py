@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,55 +18,19 @@ import pytest
 from nbdbm.client import NbdClient
 from nbdbm.errors import NbdError
 from nbdbm.uri import NbdUri
-from tests.cli.test_serve import TIMEOUT, ended, started
+from tests.cli.program import (
+    SERVE,
+    TIMEOUT,
+    ended,
+    eventually,
+    first_byte,
+    qcow2,
+    raw,
+    served,
+    started,
+    write_byte,
+)
 from tests.support.servers import nbdbm_run
-
-SERVE = (sys.executable, "-m", "nbdbm", "serve", "-q")
-
-
-def raw(path: Path, letter: str) -> Path:
-    path.write_bytes(letter.encode() * 65536)
-    return path
-
-
-def qcow2(path: Path, *bitmaps: str) -> Path:
-    nbdbm_run("create", path, "1M", check=True)
-    if bitmaps:
-        nbdbm_run("bitmap", "add", path, *bitmaps, check=True)
-    return path
-
-
-def first_byte(socket: Path, export: str) -> bytes:
-    """The first byte of the export; raises NbdError if there is none of that name."""
-
-    async def main() -> bytes:
-        async with await NbdClient.connect(str(NbdUri.unix(str(socket), export))) as client:
-            return bytes(await client.read(0, 1))
-
-    return asyncio.run(main())
-
-
-def write_byte(socket: Path, export: str) -> None:
-    async def main() -> None:
-        async with await NbdClient.connect(str(NbdUri.unix(str(socket), export))) as client:
-            await client.write(0, b"w")
-
-    asyncio.run(main())
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def served(socket: Path, export: str) -> bool:
-    try:
-        first_byte(socket, export)
-    except NbdError:
-        return False
-    return True
 
 
 def reload(process: subprocess.Popen[str]) -> None:

@@ -18,8 +18,7 @@ import click
 import pytest
 
 from nbdbm.cli.status import INTERVAL, rates, status
-from tests.cli.test_serve import TIMEOUT, ended, environment, started
-from tests.cli.test_serving import SERVE, qcow2, write_byte
+from tests.cli.program import SERVE, TIMEOUT, ended, environment, qcow2, started, write_byte
 from tests.support.servers import nbdbm_run
 
 STATUS = (sys.executable, "-m", "nbdbm", "status")

@@ -15,7 +15,7 @@ from nbdbm.errors import ImageError, LockedError, UsageError
 from nbdbm.image.check import check
 from nbdbm.image.create import CreateOptions, create, create_on
 from nbdbm.qcow2.header import Header
-from tests.image.test_check import assert_same
+from tests.image.checking import assert_same
 from tests.support.faults import FaultFile, FaultPlan
 from tests.support.marks import requires
 from tests.support.memfile import MemoryFile

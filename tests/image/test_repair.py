@@ -18,9 +18,8 @@ from nbdbm.image.check import Survey, open_locked, survey
 from nbdbm.image.checkreport import CheckReport
 from nbdbm.image.repair import rebuild_refcounts, repair
 from nbdbm.qcow2.header import Header
-from tests.image.test_check import Patient, qemu_check
+from tests.image.checking import Patient, qemu_check
 from tests.support.faults import FaultFile, FaultPlan
-from tests.support.images import Gallery
 from tests.support.marks import requires
 from tests.support.memfile import MemoryFile
 from tests.support.powercut import CrashFile, PowerCutFile, Scratch, Timeline
@@ -28,16 +27,6 @@ from tests.support.qcow2build import COPIED, Bitmap, Image, get_field
 from tests.support.qemu import SYSTEM, run
 
 DIRTY, CORRUPT = 1, 2
-
-
-@pytest.fixture
-def patient(gallery: Gallery, tmp_path: Path) -> Callable[[str], Patient]:
-    def take(name: str) -> Patient:
-        copy = tmp_path / "patient.qcow2"
-        shutil.copyfile(gallery.get(name).path, copy)
-        return Patient(copy)
-
-    return take
 
 
 def fix(path: Path, *, errors: bool) -> CheckReport:

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from tests.interop.serving import digest
-from tests.interop.test_writing import blank
-from tests.interop.writing import Guest, dirty_by_qemu, judge, writable_copy
+from tests.interop.writing import Guest, blank, dirty_by_qemu, judge, writable_copy
 from tests.support import imageio, images, qemu, servers
 from tests.support.marks import requires
 

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from tests.interop.serving import digest
-from tests.interop.test_writing import blank
-from tests.interop.writing import bitmaps, check, content_by_qemu, dirty_by_qemu, granules
+from tests.interop.writing import bitmaps, blank, check, content_by_qemu, dirty_by_qemu, granules
 from tests.support import guest, images, qemu, servers
 from tests.support.marks import requires
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.test_kernel import GRANULARITY, SIZE, attach, changed_and_dirty, files, judge, kernel
-from tests.interop.test_writing import blank
+from tests.interop.writing import blank
 from tests.support import certificates, guest, servers
 from tests.support.marks import requires
 

@@ -16,8 +16,7 @@ import pytest
 
 from nbdbm.nbd.constants import Cmd
 from tests.interop.hostile import Peer, request
-from tests.interop.test_writing import blank
-from tests.interop.writing import Guest, judge
+from tests.interop.writing import Guest, blank, judge
 from tests.support import network, qemu, servers
 from tests.support.marks import requires
 

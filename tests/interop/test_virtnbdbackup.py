@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.serving import serving
-from tests.interop.test_writing import blank
-from tests.interop.writing import Guest, dirty_by_qemu
+from tests.interop.writing import Guest, blank, dirty_by_qemu
 from tests.support import images, qemu, servers, virtnbdbackup
 from tests.support.marks import requires
 from tests.support.virtnbdbackup import Extent

@@ -13,6 +13,7 @@ from nbdbm.client import NbdClient
 from tests.interop.writing import (
     Guest,
     bitmaps,
+    blank,
     check,
     connect,
     dirty_as_served,
@@ -56,15 +57,6 @@ def test_every_kind(name: str, gallery: images.Gallery, tmp_path: Path) -> None:
         # Who asks while it is being written to gets the truth too.
         assert dirty_as_served(server, case) == guest.dirty(before, case.path)
     judge(case, guest, before, [qemu.newer() if seed & 2 else qemu.SYSTEM])
-
-
-def blank(place: Path, size: int, *bitmaps: tuple[str, int], **options: object) -> images.Case:
-    """A new image with enabled bitmaps (name, granularity)."""
-    maker = images.Maker(place.name, place)
-    path = maker.create(size, **options)
-    for name, granularity in bitmaps:
-        maker.bitmap(path, name, granularity)
-    return maker.case(path, bitmaps=[name for name, _ in bitmaps])
 
 
 KINDS = ["v3-packed", "extl2-packed", "cluster-512", "chain-mixed-clusters", "bitmaps", "data-file", "raw"]

@@ -245,3 +245,12 @@ def judge(case: Case, guest: Guest, before: Dirty, tools: Iterable[qemu.Tools] =
             missing = sorted(expected[name] - bits[name])
             extra = sorted(bits[name] - expected[name])
             assert not missing and not extra, f"{name}: missing {missing[:9]}, too many {extra[:9]}"
+
+
+def blank(place: Path, size: int, *bitmaps: tuple[str, int], **options: object) -> images.Case:
+    """A new image with enabled bitmaps (name, granularity)."""
+    maker = images.Maker(place.name, place)
+    path = maker.create(size, **options)
+    for name, granularity in bitmaps:
+        maker.bitmap(path, name, granularity)
+    return maker.case(path, bitmaps=[name for name, _ in bitmaps])

@@ -17,10 +17,10 @@ import pytest
 
 from tests.interop.conftest import watchdog as watchdog
 from tests.interop.serving import clip, digest, fingerprint
-from tests.interop.test_writing import blank
 from tests.interop.writing import (
     Guest,
     bitmaps,
+    blank,
     connect,
     dirty_by_qemu,
     granules,
