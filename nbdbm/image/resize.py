@@ -172,7 +172,8 @@ class _Growth:
             raise
         # Disk: the new one. What only the old one needed is leaked until it is freed.
         if metadata.l1_offset != header.l1_table_offset:
-            metadata.allocator.unprotect(header.l1_table_offset)
+            if header.l1_size:
+                metadata.allocator.unprotect(header.l1_table_offset)
             await metadata.allocator.decrement(self._span(header.l1_table_offset, 8 * header.l1_size))
         if staged is not None:
             await saver.free(staged)
