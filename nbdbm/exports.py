@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nbdbm.errors import BitmapError
 from nbdbm.extents import ExtentList
 from nbdbm.image.read import FILLED, LATER, ZEROES
+from nbdbm.image.ring import CACHED, Told
 from nbdbm.metrics import BitmapFigures, CacheFigures
 from nbdbm.nbd.catalog import ExportInfo
 from nbdbm.nbd.constants import (
@@ -28,7 +29,7 @@ from nbdbm.nbd.constants import (
 if TYPE_CHECKING:
     from nbdbm.image.image import Image, Run
 
-__all__ = ["FILLED", "LATER", "ZEROES", "Export"]
+__all__ = ["CACHED", "FILLED", "LATER", "ZEROES", "Export"]
 
 MAX_EXTENTS = 128 * 1024
 """Extents in one context's answer. QEMU's cap for bitmaps: an answer then stays near 1 MiB (2 MiB in the
@@ -153,6 +154,11 @@ class Export:
     def try_read(self) -> Callable[[memoryview, int], int]:
         """``Image.try_read``: (view, offset) -> what was done with it."""
         return self._image.try_read
+
+    @property
+    def bring(self) -> Callable[[int, int, Told, object], bool]:
+        """``Image.bring``: (offset, length, told, about) -> whether ``told(about, what)`` is called."""
+        return self._image.bring
 
     @property
     def try_send(self) -> Callable[[int, int], tuple[int, int] | None] | None:

@@ -73,7 +73,7 @@ class Tally:
     def __init__(self) -> None:
         self.commands = {command: Figures() for command in COMMANDS}
         self.general = 0
-        """Operations among them that took the general way, and not the fast path."""
+        """Operations among them that took the general way, or waited for the disk."""
 
     def add(self, other: Tally) -> None:
         """Add what somebody else has counted."""

@@ -15,6 +15,8 @@ from nbdbm.errors import ImageError
 from nbdbm.image.locks import lock, unlock
 from nbdbm.image.pagecache import cached
 from nbdbm.image.readahead import LARGEST, ReadAhead
+from nbdbm.image.ring import LARGEST as RING_LARGEST
+from nbdbm.image.ring import Ring, Told
 from nbdbm.image.threads import in_thread
 
 T = TypeVar("T")
@@ -62,6 +64,13 @@ class BlockFile(Protocol):
 
     def cached_fd(self, offset: int, length: int) -> int:
         """A descriptor to send the range from if all of it is in the page cache; -1 otherwise."""
+
+    def bring(self, offset: int, length: int, told: Told, about: object) -> bool:
+        """Have the range in the page cache soon, and ``told(about, what)`` called then, never at once:
+        FAILED, CAME or CACHED of ring.py, all of them hints. False: it cannot be done, nobody is told.
+
+        Who waits keeps the file open until it is told.
+        """
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         """What the range holds, as consecutive (data or hole, length), at most ``limit`` of them.
@@ -168,6 +177,8 @@ class ThreadedFile:
         self._writing = asyncio.Lock()
         """Held by the one thread that writes. File systems let one at a time write to a file, and a second
         one spins for its turn: a sixth of all processor time with eight writes of 1 MiB under way."""
+        self._ring: Ring | None = None
+        """What brings data to the page cache, once something has missed it and if there is such a thing."""
         self._nowait = True
         """False once the file system has said that it knows no RWF_NOWAIT."""
 
@@ -262,6 +273,16 @@ class ThreadedFile:
     def cached_fd(self, offset: int, length: int) -> int:
         """A descriptor to send the range from, see BlockFile."""
         return self.fd if offset + length <= self.size and cached(self.fd, offset, length) else -1
+
+    def bring(self, offset: int, length: int, told: Told, about: object) -> bool:
+        """Have the range in the page cache soon, see BlockFile."""
+        if not self._nowait or length > RING_LARGEST or offset + length > self.size:
+            return False
+        if self._ring is None:
+            self._ring = Ring.of(asyncio.get_running_loop())
+            if self._ring is None:
+                return False
+        return self._ring.fetch(self.fd, offset, length, told, about)
 
     def fetch(self, offset: int, length: int) -> None:
         """Tell the kernel to have the range in the page cache soon."""
@@ -439,6 +460,9 @@ class ThreadedFile:
 
     def close(self) -> None:
         """Release the file and its locks; idempotent."""
+        if self._ring is not None:
+            self._ring.leave()
+            self._ring = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -15,6 +15,7 @@ from nbdbm.image.backing import ChainOpener, Confinement, FileOpener, Layer
 from nbdbm.image.bitmapstore import BitmapStore
 from nbdbm.image.cache import TableCache
 from nbdbm.image.read import Reader
+from nbdbm.image.ring import Told
 from nbdbm.image.status import Column, Run, StatusWalker
 from nbdbm.metrics import BitmapFigures, CacheFigures
 from nbdbm.qcow2.header import Header
@@ -309,6 +310,16 @@ class Image:
         writable: a cluster may have another user by then.
         """
         return self._reader.try_send(offset, length) if self.read_only else None
+
+    def bring(self, offset: int, length: int, told: Told, about: object) -> bool:
+        """Have what ``try_read`` would miss in the page cache soon, and ``told(about, what)`` called then,
+        never at once, with one of ring.py's FAILED, CAME and CACHED, which are hints. False: it cannot be
+        done, and nobody is told.
+
+        Who waits sees to it that the image stays open. Nothing else is kept meanwhile: ``try_read`` looks
+        everything up anew.
+        """
+        return self._reader.bring(offset, length, told, about)
 
     def try_read_into(self, view: memoryview, offset: int) -> bool:
         """Fill ``view`` from ``offset`` now, from cached tables and the page cache, or return False.

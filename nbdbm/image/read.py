@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from nbdbm.image.backing import Layer
 from nbdbm.image.blockfile import BlockFile, fill_zeroes
 from nbdbm.image.clusters import ClusterMap
+from nbdbm.image.ring import Told
 from nbdbm.image.unpack import Packed, Unpacker
 from nbdbm.metrics import CacheFigures
 from nbdbm.qcow2.mapping import ABSENT, BLANK, Kind
@@ -115,6 +116,24 @@ class Reader:
             return None
         fd = piece.file.cached_fd(piece.host, length)
         return None if fd < 0 else (fd, piece.host)
+
+    def bring(self, offset: int, length: int, told: Told, about: object) -> bool:
+        """Have the range in the page cache soon, so that ``try_read`` fills a view of it, and ``told`` called
+        then, see BlockFile. False where that would not be enough, or cannot be done."""
+        for layer in self._layers:
+            if offset + length > layer.size:
+                return False
+            clusters = layer.map
+            if clusters is None:
+                if layer.sparse and length >= SPARSE_RAW:
+                    return False
+                return layer.file.bring(offset, length, told, about)
+            host = clusters.locate(offset, length)
+            if host >= 0:
+                return clusters.data.bring(host, length, told, about)
+            if host != ABSENT:
+                return False
+        return False
 
     def _one_piece(self, offset: int, length: int) -> Piece | None:
         """The range's only piece, if it is all data in one piece of a qcow2 layer and its table is cached."""

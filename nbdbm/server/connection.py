@@ -34,6 +34,7 @@ from nbdbm.server.farewell import part
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.holdings import MAX_REQUESTS, Holdings
 from nbdbm.server.listener import silence
+from nbdbm.server.misses import Misses
 from nbdbm.server.outbox import Outbox
 from nbdbm.tunnel import Tunnel
 
@@ -96,6 +97,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._context: Context | None = None
         self._fast: FastPath | None = None
         """Answers what it can before anything of the below begins; needs the socket itself."""
+        self._misses: Misses | None = None
+        """Reads that it will answer once their data has come."""
         self._poll: BusyPoll | None = None
         self._status_ahead: StatusAhead | None = None
         self._ahead: list[Event] = []
@@ -143,13 +146,13 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._answered_now(events):
             if self._holdings.payload and not self._protocol.receiving:
                 self._holdings.drop_payload()
-            return True
-        self._pump()
+            return not self._holdings.running
+        self._pump(served=True)
         left = self._ahead or self._waiting or self._holdings.running or self._outbox.full
         return not (left or self._ended)
 
     def _answered_now(self, events: list[Event]) -> bool:
-        """Let the fast path do what it can; whether all is answered and sent, and nothing else to be done."""
+        """Let the fast path do what it can; whether nothing is left but what waits for its data."""
         if self._fast is None or not events or self._ended:
             self._take(events)
             return False
@@ -215,6 +218,17 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._outbox.unsent.append(unsent)
             self._holdings.queue(len(unsent))
 
+    def _serve_arrived(self, fast: FastPath) -> None:
+        """Answer reads whose data has come, as long as the client takes it."""
+        if self._outbox.full:
+            return
+        left, unsent = fast.serve_arrived(self._begin_at_once)
+        for read in left:
+            self._waiting.append((cost(read), read))
+        if unsent:
+            self._outbox.unsent.append(unsent)
+            self._holdings.queue(len(unsent))
+
     def eof_received(self) -> bool:
         events = self._protocol.receive_eof()
         for event in events:
@@ -250,6 +264,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             # The transport may hold views of these until it is gone; they are dropped with it.
             self._holdings.sent.clear()
         self._outbox.unsent.clear()
+        if self._misses is not None:
+            self._misses.drop()
         for timer in (self._handshake, self._linger):
             if timer is not None:
                 timer.cancel()
@@ -397,7 +413,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         sock = self._outbox.socket
         outlet = sock or self._outbox.tunnel
         if outlet is not None and not self._protocol.traced:
-            self._fast = FastPath(export, self._protocol, outlet, self._server.buffers, tally)
+            self._misses = Misses(export, self._holdings, self._arrived)
+            self._fast = FastPath(export, self._protocol, outlet, self._server.buffers, tally, self._misses)
             if self._server.busy_poll and sock is not None:
                 self._poll = BusyPoll(sock, self._server.busy_poll)
         return events
@@ -451,15 +468,19 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     # -- the pump: start what the limits allow, send what is answered, read on if there is room
 
-    def _pump(self) -> None:
+    def _pump(self, *, served: bool = False) -> None:
+        """``served``: the fast path has had its turn."""
         self._pump_scheduled = False
         if self._lost:
             return
         starved = self._protocol.starved
         if starved and not self._waiting and self._holdings.has_room(starved):
             self._take(self._protocol.feed())
-        if self._ahead and self._fast is not None:
-            self._serve_ahead(self._fast)
+        if self._fast is not None:
+            if self._misses is not None and self._misses.arrived:
+                self._serve_arrived(self._fast)
+            if self._ahead and not served:
+                self._serve_ahead(self._fast)
         self._start_waiting()
         self._send()
         if self._ahead or self._waiting:
@@ -485,6 +506,17 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._holdings.drop_payload()  # the fast path has answered it, or it was an option's
             if not self._protocol.starved:
                 self._holdings.await_nothing()
+        if self._misses is not None and self._misses.arrived and not self._outbox.full:
+            self._schedule_pump()
+
+    def _arrived(self) -> None:
+        """The data of a read has come."""
+        if self._lost:
+            cast(Misses, self._misses).drop()
+            self._forget_if_over()
+        else:
+            # More may have come in the same turn of the loop.
+            self._schedule_pump()
 
     def _await_turn(self) -> None:
         if not self._turn_awaited:

@@ -8,9 +8,10 @@ arena, header and payload behind each other, and one system call sends them:
     arena      | head data | head data | head | head data |    one send
     left over          FLUSH                                    the general way (dispatch.py)
 
-Whatever cannot be done now (not in the page cache, several pieces, a cluster to allocate, large, with
-flags) is left to the general way; NBD allows replies in any order. The two ways answer alike:
-tests/server/test_fastpath.py has every request go through both.
+A read that misses the page cache waits in misses.py, as cheaply, and is done here once its data has come.
+Whatever else cannot be done now (several pieces, a cluster to allocate, large, with flags) is left to the
+general way; NBD allows replies in any order. The two ways answer alike: tests/server/test_fastpath.py has
+every request go through both.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import os
 import socket
 from time import perf_counter_ns
 
-from nbdbm.exports import FILLED, ZEROES, Export
+from nbdbm.exports import CACHED, FILLED, ZEROES, Export
 from nbdbm.metrics import Tally
 from nbdbm.nbd.events import Event, Read, Write
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.nbd.receiver import SMALL_BODY
 from nbdbm.nbd.transmission import HEAD
 from nbdbm.server.buffers import BufferPool
+from nbdbm.server.misses import Misses
 from nbdbm.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -71,14 +73,18 @@ class FastPath:
         sock: where replies go: the socket, non-blocking, or TLS, which must not be given the page cache's.
         buffers: where those of large payloads go back to.
         tally: where what was done is counted.
+        misses: where reads wait that miss the page cache.
     """
 
     __slots__ = (
+        "_cold",
         "_give",
+        "_misses",
         "_reads",
         "_replies",
         "_settle",
         "_sock",
+        "_tally",
         "_try_read",
         "_try_send",
         "_try_write",
@@ -92,7 +98,12 @@ class FastPath:
         sock: socket.socket | Tunnel,
         buffers: BufferPool,
         tally: Tally,
+        misses: Misses,
     ) -> None:
+        self._tally = tally
+        self._misses = misses
+        self._cold = False
+        """Reads missed of late: the next are not even tried, but the kernel told of all in one call."""
         self._reads, self._writes = tally.commands["read"], tally.commands["write"]
         self._try_read, self._try_write = export.try_read, export.try_write
         self._try_send = export.try_send if isinstance(sock, socket.socket) else None
@@ -103,14 +114,16 @@ class FastPath:
     def serve(self, events: list[Event], most: int) -> tuple[list[Event], list[Event], bytes]:
         """Carry out what can be done now: (events for the general way, those not looked at, replies unsent).
 
-        Nothing waits to be sent when this is called. Once something could not be sent, ``most`` reads were
-        left to the general way, or the turn has been long enough, no further event is looked at.
+        Nothing waits to be sent when this is called. Once something could not be sent, ``most`` reads have
+        missed or were left to the general way, or the turn has been long enough, no further event is looked
+        at. Those that have missed wait in ``misses``, and are in none of these.
         """
         began = perf_counter_ns()
         left: list[Event] = []
         ahead: list[Event] = []
         unsent = b""
-        written = writes = read = 0
+        written = writes = read = missed = 0
+        begin, cold = self._misses.begin, self._cold
         budget = TURN_BYTES
         try_read, pack_read, settle = self._try_read, self._replies.pack_read, self._settle
         try_send = self._try_send
@@ -141,6 +154,12 @@ class FastPath:
                 if flags or length > LARGEST:
                     left.append(event)
                     continue
+                if cold and begin(event):
+                    missed += 1
+                    if missed + len(left) >= most:
+                        ahead = events[number + 1 :]
+                        break
+                    continue
                 if at >= SEND_AT or at + HEAD + length > ARENA:
                     budget -= at
                     unsent = self._send(at)
@@ -155,8 +174,12 @@ class FastPath:
                 elif done == ZEROES:
                     at = self._zeroes(at, start, event)
                 else:
-                    left.append(event)
-                    if len(left) >= most:
+                    if begin(event):
+                        missed += 1
+                        self._cold = cold = True
+                    else:
+                        left.append(event)
+                    if missed + len(left) >= most:
                         ahead = events[number + 1 :]
                         break
                     continue
@@ -187,7 +210,7 @@ class FastPath:
             unsent = self._send(at)
         # Counted by the batch, and each request took as long as the batch did.
         took = perf_counter_ns() - began
-        reads = len(events) - writes
+        reads = len(events) - writes - missed
         if left or ahead:
             reads -= len(left) + len(ahead)
         if reads:
@@ -200,6 +223,46 @@ class FastPath:
         if writes:
             self._writes.record(writes, written, took)
         return left, ahead, unsent
+
+    def serve_arrived(self, most: int) -> tuple[list[Read], bytes]:
+        """Answer reads whose data has come, ``most`` of them: (those for the general way, replies unsent).
+
+        Nothing waits to be sent when this is called.
+        """
+        left: list[Read] = []
+        unsent = b""
+        at = 0
+        arrived, finish = self._misses.arrived, self._misses.finish
+        figures, tally = self._reads, self._tally
+        try_read, pack_read, settle = self._try_read, self._replies.pack_read, self._settle
+        now = perf_counter_ns()
+        for _ in range(min(most, len(arrived))):
+            if at >= SEND_AT:
+                unsent = self._send(at)
+                at = 0
+                if unsent:
+                    break
+            event, began, what = arrived.popleft()
+            finish()
+            if what == CACHED:
+                self._cold = False
+            cookie, offset, length, _ = event
+            start = at + pack_read(_arena, at, cookie, offset, length)
+            done = try_read(_view[start : start + length], offset)
+            if done == FILLED:
+                at = start + length
+            elif done == ZEROES:  # somebody has discarded it meanwhile
+                at = self._zeroes(at, start, event)
+            else:
+                left.append(event)
+                continue
+            figures.record(1, length, now - began)
+            tally.general += 1
+            if settle is not None:
+                settle(cookie, offset)
+        if at:
+            unsent = self._send(at)
+        return left, unsent
 
     def _zeroes(self, at: int, start: int, event: Read) -> int:
         """Answer a read of nothing but zeroes, as a hole or zeroes at ``start``; return where it ends."""

@@ -100,6 +100,9 @@ class MemoryImage:
     def try_send(self, offset: int, length: int) -> None:
         """It has no file."""
 
+    def bring(self, offset: int, length: int, told: Any, about: object) -> bool:
+        return False
+
     def try_read(self, view: memoryview, offset: int) -> int:
         if self.gate is not None or any(offset <= at < offset + len(view) for at in self.failures):
             return LATER

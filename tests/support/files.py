@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from nbdbm.image.blockfile import HostFile
+from nbdbm.image.ring import Told
 
 
 class InMemory:
@@ -20,6 +21,9 @@ class InMemory:
 
     def cached_fd(self, offset: int, length: int) -> int:
         return -1
+
+    def bring(self, offset: int, length: int, told: Told, about: object) -> bool:
+        return False
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         """As of a host that cannot tell: all is data up to the end of the file."""
@@ -79,6 +83,9 @@ class Around:
 
     def cached_fd(self, offset: int, length: int) -> int:
         return -1
+
+    def bring(self, offset: int, length: int, told: Told, about: object) -> bool:
+        return False
 
     async def data_runs(self, offset: int, length: int, limit: int) -> list[tuple[bool, int]]:
         return await self.inner.data_runs(offset, length, limit)
