@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import socket
 import struct
 from collections.abc import Iterable
 from typing import Any
@@ -53,6 +54,8 @@ class Complaints(logging.Handler):
 
 class Line(asyncio.Transport):
     """The transport and, with its other names, the socket: what the client has not taken stays here."""
+
+    family = socket.AF_UNIX
 
     def __init__(self) -> None:
         super().__init__()
