@@ -114,6 +114,7 @@ class Directory:
         self._sources: dict[str, Source] = {}
         self._looked = 0.0
         self._told: set[str] = set()
+        self._seen: dict[str, int] = {}
         self._look()
 
     def __call__(self) -> dict[str, Source]:
@@ -129,9 +130,15 @@ class Directory:
     def _look(self) -> None:
         from nbdbm.image.directory import images
 
-        names = images(self._config.image, any_format=self._config.format == "raw", skipped=self._tell)
+        names = images(
+            self._config.image,
+            any_format=self._config.format == "raw",
+            skipped=self._tell,
+            seen=self._seen,
+        )
         known = self._sources
-        self._sources = {name: known.get(name) or self._source(name) for name in names}
+        if names != list(known):  # else it stays the same for all who are going through it
+            self._sources = {name: known.get(name) or self._source(name) for name in names}
         self._looked = time.monotonic()
 
     def _source(self, name: str) -> Source:

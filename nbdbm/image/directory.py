@@ -15,15 +15,23 @@ MAX_FILES = 16384
 
 
 def images(
-    directory: str, *, any_format: bool, skipped: Callable[[str], None] = lambda text: None
+    directory: str,
+    *,
+    any_format: bool,
+    skipped: Callable[[str], None] = lambda text: None,
+    seen: dict[str, int] | None = None,
 ) -> list[str]:
     """Names of the regular files in ``directory`` that begin as qcow2 images do, or of all; sorted.
 
     Hidden files, symbolic links and names that are not UTF-8 are passed over: an export's name goes over
     the wire, and a link could lead anywhere. ``skipped`` is told in one line of what is passed over.
+    ``seen`` is kept from one look to the next: what was found to be an image, and is the same file, is not
+    read again, which of many images is nearly all of the time.
     Raises OSError if the directory cannot be read.
     """
     found: list[str] = []
+    before = {} if seen is None else dict(seen)
+    inodes: dict[str, int] = {}
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -35,12 +43,18 @@ def images(
                 entry.name.encode()
                 if entry.is_symlink():
                     skipped(f"{entry.path}: a symbolic link, not served")
-                elif entry.is_file() and (any_format or _is_qcow2(entry.path)):
+                elif entry.is_file() and (
+                    any_format or before.get(entry.name) == entry.inode() or _is_qcow2(entry.path)
+                ):
                     found.append(entry.name)
+                    inodes[entry.name] = entry.inode()
             except UnicodeEncodeError:
                 skipped(f"{directory}: the name {entry.name!r} is not UTF-8, not served")
             except OSError as error:
                 skipped(f"{entry.path}: {error.strerror}, not served")
+    if seen is not None:
+        seen.clear()
+        seen.update(inodes)
     found.sort()
     return found
 

@@ -26,6 +26,27 @@ def test_qcow2_images_by_their_beginning(tmp_path: Path) -> None:
     assert images(str(tmp_path), any_format=True) == ["a", "b.qcow2", "empty.qcow2", "raw.img"]
 
 
+def test_the_next_look_reads_only_what_may_have_become_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(QCOW2)
+    (tmp_path / "d").write_bytes(b"")
+    seen: dict[str, int] = {}
+    assert images(str(tmp_path), any_format=False, seen=seen) == ["a", "b", "c"]
+    (tmp_path / "a").unlink()
+    (tmp_path / "new").write_bytes(b"no image")
+    (tmp_path / "new").rename(tmp_path / "b")
+    (tmp_path / "d").write_bytes(QCOW2)
+    read: list[str] = []
+    is_qcow2 = directory._is_qcow2
+    monkeypatch.setattr(directory, "_is_qcow2", lambda path: read.append(path) or is_qcow2(path))
+    assert images(str(tmp_path), any_format=False, seen=seen) == ["c", "d"]
+    assert sorted(map(os.path.basename, read)) == ["b", "d"]
+    assert images(str(tmp_path), any_format=False, seen=seen) == ["c", "d"]
+    assert len(read) == 3, "only b again"
+
+
 def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(QCOW2)
     (tmp_path / "link").symlink_to("a")
