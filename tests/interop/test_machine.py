@@ -95,7 +95,7 @@ qemu-img bitmap --add vda.qcow2 b
 echo 'NBDBM_OPTIONS=--read-only --max-connections 4' >/etc/nbdbm/vdb.env
 systemctl start nbdbm@vda.service nbdbm@vdb.service
 for name in vda vdb; do
-    nbdinfo --json "nbd+unix:///?socket=/run/nbdbm/$name.sock" | grep -o '"is_read_only.*'
+    nbdinfo --json --no-content "nbd+unix:///?socket=/run/nbdbm/$name.sock" | grep -o '"is_read_only.*'
 done
 systemctl start nbdbm@none.service 2>/dev/null || echo "there is no such image"
 # Stopped while a client has written, not flushed, and is still there.
