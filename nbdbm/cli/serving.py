@@ -185,16 +185,20 @@ class _Reloads:
         finally:
             self._task = None
 
+    def _read(self) -> tuple[ServeConfig, Directory | None]:
+        new = self._again()
+        return new, Directory(new.directory) if new.directory is not None else None
+
     async def _reload(self) -> None:
-        if self._server.closing:
-            return  # what would be opened now, nobody would close
         try:
-            new = self._again()
-            directory = Directory(new.directory) if new.directory is not None else None
+            # In a thread: a file of a thousand exports takes a second to be understood.
+            new, directory = await asyncio.to_thread(self._read)
         except (NbdbmError, OSError) as error:
             for line in explain(error).split("\n"):
                 log.error("not reloaded: %s", line)
             return
+        if self._server.closing:
+            return  # what would be opened now, nobody would close
         old, self._config = self._config, new
         try:
             _use_tls(self._server, new.tls)

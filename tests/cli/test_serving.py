@@ -198,6 +198,35 @@ class TestConfig:
             "cannot be opened: No such file or directory\n"
         )
 
+    def test_the_event_loop_does_not_wait_for_a_reload(self, tmp_path: Path) -> None:
+        """Reading anew hangs here until a client has come and been served."""
+        config, path = tmp_path / "nbdbm.toml", tmp_path / "s"
+        raw(tmp_path / "a", "a")
+        config.write_text(
+            f'[listen]\nsocket = "{path}"\n[[export]]\nimage = "a"\nformat = "raw"\nread-only = true\n'
+        )
+        script = (
+            "import os, sys, time; import nbdbm.configfile as file; load = file.load; begun = []\n"
+            "def slow(*values):\n"
+            "    while begun and not os.path.exists('go'):\n"
+            "        open('waits', 'w').close()\n"
+            "        time.sleep(0.01)\n"
+            "    begun.append(1)\n"
+            "    return load(*values)\n"
+            "file.load = slow\n"
+            "os.chdir(sys.argv.pop(1))\n"
+            "from nbdbm.cli import program\n"
+            "program()\n"
+        )
+        command = (sys.executable, "-c", script, str(tmp_path), "serve", "--config", str(config))
+        with started(*command, lines=1) as (process, _):
+            reload(process)
+            eventually((tmp_path / "waits").exists)
+            assert first_byte(path, "") == b"a"
+            (tmp_path / "go").touch()
+            status, errors = ended(process)
+        assert status == 0 and "Traceback" not in errors
+
     def test_options_of_the_command_line_go_first(self, tmp_path: Path) -> None:
         config = tmp_path / "nbdbm.toml"
         raw(tmp_path / "a", "a")
