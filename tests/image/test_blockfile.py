@@ -2,6 +2,7 @@ import asyncio
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from nbdbm.errors import ImageError
 from nbdbm.image import blockfile
 from nbdbm.image.blockfile import INLINE_WRITE, BlockFile, ThreadedFile, fill_zeroes
+from tests.server.running import until
 
 CONTENT = bytes(range(256)) * 64  # 16 KiB
 
@@ -327,13 +329,15 @@ def test_one_thread_writes_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch
     """And nothing is written in the event loop's thread meanwhile: it would wait for the file's lock."""
     file = ThreadedFile.open(str(path), writable=True)
     writing = most = 0
+    go = threading.Event()
     write = file._pwrite
 
     def slowly(offset: int, view: memoryview) -> None:
         nonlocal writing, most
         writing += 1
         most = max(most, writing)
-        time.sleep(0.02)
+        go.wait(10)
+        time.sleep(0.005)
         write(offset, view)
         writing -= 1
 
@@ -342,9 +346,9 @@ def test_one_thread_writes_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch
 
     async def main() -> None:
         large = [asyncio.ensure_future(file.pwrite(n * len(part), part)) for n, part in enumerate(parts)]
-        await asyncio.sleep(0.01)
-        assert writing == 1
+        await until(lambda: writing == 1)
         assert not file.try_pwrite(0, memoryview(b"small"))
+        go.set()
         await file.pwrite(4 * len(parts[0]), b"small")
         await asyncio.gather(*large)
         assert file.try_pwrite(4 * len(parts[0]) + 5, memoryview(b"er"))
