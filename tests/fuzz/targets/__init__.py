@@ -5,4 +5,4 @@ Any bytes are an input. A target ends by itself, leaves nothing behind, and is t
 
 from __future__ import annotations
 
-TARGETS = ("bitmaps", "client", "handshake", "qcow2", "texts", "tools", "transmission")
+TARGETS = ("bitmaps", "client", "handshake", "qcow2", "texts", "tools", "transmission", "tunnel")
