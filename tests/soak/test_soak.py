@@ -41,8 +41,9 @@ THREADS = IO_THREADS + (os.cpu_count() or 1) + 8
 """All threads that a server may have: the pools', and its own few."""
 
 MARGIN = 24 * 1024 if SECONDS > 120 else 64 * 1024
-"""kB by which the memory of the last third of the second half may pass that of the second: buffers that are
-kept for reuse grow to what the worst moment took."""
+"""kB by which the memory of the last third of the second half may pass what it was before: buffers that are
+kept for reuse grow to what the worst moment took. (It goes up and down by more than that, with the number of
+clients that happen to ask for much and take nothing.)"""
 
 
 @pytest.fixture
@@ -195,9 +196,9 @@ async def one_server_stays(world: World, seconds: float, *, patience: float = 30
     assert threads <= THREADS, f"{threads} threads"
     middles = [int(statistics.median(third)) for third in rss if third]
     print(f"memory by thirds {middles} kB, threads {threads}, descriptors {before.total()}")
-    assert middles[-1] <= middles[-2] + MARGIN, f"memory grows: {middles} kB"
     wrote = await world.stop(kill=False)
     await world.judge(wrote, killed=False)
+    assert middles[-1] <= max(middles[:-1]) + MARGIN, f"memory grows: {middles} kB"
 
 
 async def everybody_once(world: World) -> None:
