@@ -19,6 +19,7 @@ UNSUP, POLICY, INVALID, TLS_REQD, UNKNOWN, TOO_BIG, EXT_HEADER_REQD = (
     1 << 31 | number for number in (1, 2, 3, 5, 6, 9, 10)
 )
 
+WITHOUT_DATA = (wire.LIST, wire.STARTTLS, wire.STRUCTURED, wire.EXTENDED)
 LONGEST_STRING = 4096
 MOST_OPTION_BYTES = 32 << 20
 DF, STATUS_PAYLOAD = 1 << 7, 1 << 12
@@ -136,26 +137,28 @@ class Client:
             self.found.selected = -1
         if code not in wire.OPTIONS or code in (4, 12, 99):
             self._answer(code, UNSUP)
+        elif data and code in WITHOUT_DATA:
+            self._answer(code, INVALID)
         elif len(data) > self._longest:
             self._answer(code, TOO_BIG)
         elif code == wire.STARTTLS:
-            if not data and self._tls and self.found.secure_from < 0:
+            if self._tls and self.found.secure_from < 0:
                 self._answer(code, ACK)
                 return True
-            self._answer(code, *((INVALID,) if self._tls or data else (POLICY,)))
+            self._answer(code, INVALID if self._tls else POLICY)
         elif code == wire.LIST:
-            self._answer(code, INVALID if data else ACK)
+            self._answer(code, ACK)
         elif code in (wire.STRUCTURED, wire.EXTENDED):
-            self._headers(code, data)
+            self._headers(code)
         elif code in (wire.LIST_META, wire.SET_META):
             self._contexts(code, data)
         else:
             self._export(code, data)
         return False
 
-    def _headers(self, code: int, data: bytes) -> None:
+    def _headers(self, code: int) -> None:
         wanted = 1 if code == wire.STRUCTURED else 2
-        if data or self.found.style == wanted:
+        if self.found.style == wanted:
             self._answer(code, INVALID)
         elif self.found.style > wanted:
             self._answer(code, EXT_HEADER_REQD)
@@ -163,13 +166,14 @@ class Client:
             self.found.style = wanted
             self._answer(code, ACK)
 
-    def _find(self, name: bytes) -> Export | int:
+    def _find(self, code: int, name: bytes) -> Export | int:
         """The export, once it is open; or the error to answer with."""
         export = next((each for each in self._exports if each.name == (name or self._exports[0].name)), None)
         if export is None:
             return UNKNOWN
         if export.secret and self.found.secure_from < 0:
-            return TLS_REQD
+            # In answer to others it would say that nothing at all goes without.
+            return TLS_REQD if code in (wire.INFO, wire.GO) else POLICY
         if export.asleep and not self._awake:
             if not self._granted():
                 return UNKNOWN
@@ -189,7 +193,7 @@ class Client:
                 self._answer(code, INVALID)
                 return
         assert name is not None
-        export = self._find(name)
+        export = self._find(code, name)
         if not isinstance(export, int) and code != wire.INFO and not self._granted():
             export = UNKNOWN
         if code == wire.EXPORT_NAME:
@@ -226,7 +230,7 @@ class Client:
         self._answer(code, INVALID)
 
     def _select(self, code: int, name: bytes, queries: list[bytes]) -> None:
-        export = self._find(name)
+        export = self._find(code, name)
         if isinstance(export, int):
             self._answer(code, export)
             return

@@ -52,7 +52,7 @@ QUERIES = (
 WIDE = Limits(max_pipelined=1000, max_queued=1 << 30)
 """The pieces in which options arrive say how many of them, and how much, is answered at once."""
 TIGHT = Limits(max_pipelined=1000, max_option_length=64, max_options=6, max_queued=300, max_contexts=3)
-LONGEST_STREAM = 100_000
+LONGEST_STREAM = 40_000
 LARGEST_ANSWER = 40_000
 """Bytes of the longest answer to one option (LIST, or 300 contexts)."""
 
@@ -107,8 +107,8 @@ def run(data: bytes) -> None:
     pieces = Script(script.bytes(8))
     flights = _flights(script, struct.pack(">I", flags if flags < 250 else script.number(4)))
     whole = _session([[flight] for flight in flights], decisions, tight, tls)
-    parts = _session([wire.cut(flight, pieces) for flight in flights], decisions, tight, tls)
-    assert whole == parts, "the way the bytes were cut made a difference"
+    parts = _session([wire.cut(flight, pieces) for flight in flights], decisions, tight, tls, in_turns=True)
+    assert whole == parts, "in pieces, and in turns, it is another"
     bytewise = [
         [*(flight[at : at + 1] for at in range(min(len(flight), 400))), flight[400:]] for flight in flights
     ]
@@ -173,10 +173,13 @@ class Heard(NamedTuple):
     agreed: Negotiated | None
 
 
-def _session(flights: Sequence[Sequence[bytes]], decisions: bytes, tight: bool, tls: int) -> Heard:
+def _session(
+    flights: Sequence[Sequence[bytes]], decisions: bytes, tight: bool, tls: int, *, in_turns: bool = False
+) -> Heard:
     """Each flight comes in pieces; TLS begins, if it was agreed upon, behind one."""
     catalog = Catalog()
-    server = ServerProtocol(catalog, limits=TIGHT if tight else WIDE, tls=list(TlsMode)[tls])
+    limits = TIGHT if tight else WIDE
+    server = ServerProtocol(catalog, limits=limits, tls=list(TlsMode)[tls], in_turns=in_turns)
     out = b""
     seen: list[str] = []
     secure_from = -1
@@ -205,6 +208,8 @@ def _session(flights: Sequence[Sequence[bytes]], decisions: bytes, tight: bool, 
                 elif not isinstance(event, StartTls):
                     assert server.negotiated is not None
                     server.reply(event.cookie)
+            while server.unfinished:
+                following = following + server.go_on()
             events = following
 
     for pieces in flights:
@@ -226,7 +231,8 @@ def _judge(expected: Expected, heard: Heard, tight: bool) -> None:
     out = heard.sent
     assert out[:16] == wire.GREETING and len(out) >= 18
     replies, rest = wire.option_replies(out[18:])
-    ids: dict[bytes, int] = {}
+    owners: dict[int, bytes] = {}
+    before: dict[bytes, int] = {}
     chosen: list[tuple[int, bytes]] = []
     asked = iter(expected.answers)
     group: list[tuple[int, bytes]] = []
@@ -245,8 +251,9 @@ def _judge(expected: Expected, heard: Heard, tight: bool) -> None:
         else:
             assert not data
             if answered == expected.secure_from:
-                ids.clear()
-            _look(answer, group, ids)
+                owners.clear()
+                before.clear()
+            _look(answer, group, owners, before)
             if answered == expected.selected:
                 chosen = sorted((struct.unpack_from(">I", data)[0], data[4:]) for _, data in group)
         group = []
@@ -265,8 +272,10 @@ def _judge(expected: Expected, heard: Heard, tight: bool) -> None:
     _look_at_agreement(expected, heard.agreed, chosen, rest, tight)
 
 
-def _look(answer: Answered, group: list[tuple[int, bytes]], ids: dict[bytes, int]) -> None:
-    """The replies before an ACK."""
+def _look(
+    answer: Answered, group: list[tuple[int, bytes]], owners: dict[int, bytes], before: dict[bytes, int]
+) -> None:
+    """The replies before an ACK. ``owners``: of all ids; ``before``: what was selected last."""
     export = answer.export
     if answer.code == wire.LIST:
         names = []
@@ -289,9 +298,12 @@ def _look(answer: Answered, group: list[tuple[int, bytes]], ids: dict[bytes, int
         assert len(set(names)) == len(names) and answer.must <= set(names) <= answer.may
         if answer.code == wire.SET_META:
             for number, name in found:
-                assert ids.setdefault(name, number) == number, "a context has another id now"
+                assert owners.setdefault(number, name) == name, "an id stands for another context now"
+                assert before.get(name, number) == number, "a context that was selected has another id now"
             # Nothing is left of ids that were given before TLS.
-            assert sorted(ids.values()) == list(range(len(ids)))
+            assert sorted(owners) == list(range(len(owners)))
+            before.clear()
+            before.update((name, number) for number, name in found)
     else:
         assert not group
 
