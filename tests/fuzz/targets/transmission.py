@@ -35,8 +35,12 @@ CONTEXTS = (
 FLAGS = (0, 0, 0, 1, 2, 4, 8, 16, 32, 3, 7, 63, 64, 0x8000)
 MAXIMUM = 32 << 20
 
-PATIENCE = 30
+PATIENCE = 15
 """Seconds for a connection to come to its end."""
+
+MOST_REQUESTS = 128
+MOST_BYTES = 96 << 20
+"""That one connection may hold: 64 MiB, and one request of the longest that there is."""
 
 log = logging.getLogger("nbdbm")
 
@@ -295,6 +299,7 @@ async def _feed(connection: NbdConnection, line: Line, data: bytes) -> bool:
         view[:count] = rest[:count]
         rest = rest[count:]
         connection.buffer_updated(count)
+        assert connection.running <= MOST_REQUESTS and connection.held <= MOST_BYTES, "too much is held"
     return True
 
 
