@@ -110,7 +110,7 @@ class Watcher:
 
 
 async def pester(world: World) -> None:
-    """Somebody who talks nonsense to the metrics and the control socket."""
+    """Somebody who talks nonsense to the metrics and the control socket. Raises OSError."""
     rng = random.Random(world.rng.random())
     if rng.random() < 0.5:
         reader, writer = await asyncio.open_connection("127.0.0.1", world.metrics_port)
@@ -120,7 +120,8 @@ async def pester(world: World) -> None:
         writer.write(
             rng.choice([b"", b"GET ", b"\0" * 100_000, rng.randbytes(300), b'{"execute": []}\n' * 999])
         )
-        await asyncio.wait({asyncio.ensure_future(reader.read(100))}, timeout=rng.random())
+        async with asyncio.timeout(rng.random()):
+            await reader.read(100)
     finally:
         writer.transport.abort()
 
