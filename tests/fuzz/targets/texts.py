@@ -156,6 +156,7 @@ GOOD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("config", ("[[export]]\n", "image = ", '"a"\n', "grace = ", "0.5\n", "require-tls = ", "false\n")),
     ("config", ("[[export]]\n", "image = ", '"a"\n', "load-snapshot = ", '"b"\n')),
     ("config", ("[directory]\n", "path = ", '"a"\n', "[server]\n", "max-connections = ", "1\n")),
+    ("keys", ("a", ":", "ff" * 16, "0g")),
     ("keys", ("a", ":", "ff" * 16, "\n", "#", "6162", ":", "00")),
     ("uri", ("nbd", "+unix", "://", "/", "?", "socket", "=", "/", "host")),
     ("uri", ("nbd", "+unix", "://", "/", "?", "socket", "=", "/", "%26", "host", "=", "true")),
