@@ -9,6 +9,7 @@ every question has one answer, well-formed.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import http.client
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterable
@@ -202,7 +204,9 @@ def _text(script: Script, words: tuple[str, ...]) -> str:
 
 @functools.cache
 def _place() -> Path:
-    return Path(tempfile.mkdtemp(prefix="nbdbm-fuzz-"))
+    place = Path(tempfile.mkdtemp(prefix="nbdbm-fuzz-"))
+    atexit.register(shutil.rmtree, place)
+    return place
 
 
 def _config(text: str) -> None:
