@@ -14,7 +14,7 @@ import logging
 import socket
 from collections import deque
 from functools import partial
-from time import monotonic
+from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, cast
 
 from nbdbm.errors import NbdError
@@ -413,7 +413,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         sock = self._outbox.socket
         outlet = sock or self._outbox.tunnel
         if outlet is not None and not self._protocol.traced:
-            self._misses = Misses(export, self._holdings, self._arrived)
+            self._misses = Misses(export, self._holdings, self._server.calm, self._arrived)
             self._fast = FastPath(export, self._protocol, outlet, self._server.buffers, tally, self._misses)
             if self._server.busy_poll and sock is not None:
                 self._poll = BusyPoll(sock, self._server.busy_poll)
@@ -477,7 +477,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if starved and not self._waiting and self._holdings.has_room(starved):
             self._take(self._protocol.feed())
         if self._fast is not None:
-            if self._misses is not None and self._misses.arrived:
+            if self._misses is not None and self._misses.arrived and not self._misses.awaited_since:
                 self._serve_arrived(self._fast)
             if self._ahead and not served:
                 self._serve_ahead(self._fast)
@@ -507,7 +507,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             if not self._protocol.starved:
                 self._holdings.await_nothing()
         if self._misses is not None and self._misses.arrived and not self._outbox.full:
-            self._schedule_pump()
+            self._arrived()
 
     def _arrived(self) -> None:
         """The data of a read has come."""
@@ -515,8 +515,20 @@ class NbdConnection(asyncio.BufferedProtocol):
             cast(Misses, self._misses).drop()
             self._forget_if_over()
         else:
-            # More may have come in the same turn of the loop.
-            self._schedule_pump()
+            misses = cast(Misses, self._misses)
+            if self._server.alone:
+                self._schedule_pump()  # more may have come in the same turn of the loop
+            elif not misses.awaited_since:
+                misses.awaited_since = perf_counter_ns()
+                self._loop.call_soon(self._await_calm, misses)
+
+    def _await_calm(self, misses: Misses) -> None:
+        """Answer reads whose data has come, once those had their turns who ask for what was there."""
+        if not (self._lost or misses.calm.reigns(misses.awaited_since)):
+            self._loop.call_soon(self._await_calm, misses)
+            return
+        misses.awaited_since = 0
+        self._pump()
 
     def _await_turn(self) -> None:
         if not self._turn_awaited:

@@ -56,6 +56,9 @@ of 1 MiB in turn took a fifth more time than one."""
 SEND_AT = 128 * 1024
 """Bytes of replies that are sent before more are gathered: the client works on these meanwhile."""
 
+CHEAPER = 16
+"""Reads that miss, or that have their data, in place of one event of the general way."""
+
 TURN_BYTES = 4 * 1024 * 1024
 """Bytes of replies in one turn of the event loop; then other connections get theirs."""
 
@@ -77,6 +80,7 @@ class FastPath:
     """
 
     __slots__ = (
+        "_calm",
         "_cold",
         "_give",
         "_misses",
@@ -102,6 +106,7 @@ class FastPath:
     ) -> None:
         self._tally = tally
         self._misses = misses
+        self._calm = misses.calm
         self._cold = False
         """Reads missed of late: the next are not even tried, but the kernel told of all in one call."""
         self._reads, self._writes = tally.commands["read"], tally.commands["write"]
@@ -114,9 +119,9 @@ class FastPath:
     def serve(self, events: list[Event], most: int) -> tuple[list[Event], list[Event], bytes]:
         """Carry out what can be done now: (events for the general way, those not looked at, replies unsent).
 
-        Nothing waits to be sent when this is called. Once something could not be sent, ``most`` reads have
-        missed or were left to the general way, or the turn has been long enough, no further event is looked
-        at. Those that have missed wait in ``misses``, and are in none of these.
+        Nothing waits to be sent when this is called. Once something could not be sent, ``most`` events were
+        left to the general way or CHEAPER times as many have missed, or the turn has been long enough, no
+        further event is looked at. Those that have missed wait in ``misses``, and are in none of these.
         """
         began = perf_counter_ns()
         left: list[Event] = []
@@ -156,7 +161,7 @@ class FastPath:
                     continue
                 if cold and begin(event):
                     missed += 1
-                    if missed + len(left) >= most:
+                    if missed >= CHEAPER * most or len(left) >= most:
                         ahead = events[number + 1 :]
                         break
                     continue
@@ -179,7 +184,7 @@ class FastPath:
                         self._cold = cold = True
                     else:
                         left.append(event)
-                    if missed + len(left) >= most:
+                    if missed >= CHEAPER * most or len(left) >= most:
                         ahead = events[number + 1 :]
                         break
                     continue
@@ -222,12 +227,14 @@ class FastPath:
             figures.buckets[took.bit_length()] += reads
         if writes:
             self._writes.record(writes, written, took)
+        if reads or writes:
+            self._calm.asked = began + took
         return left, ahead, unsent
 
     def serve_arrived(self, most: int) -> tuple[list[Read], bytes]:
-        """Answer reads whose data has come, ``most`` of them: (those for the general way, replies unsent).
+        """Answer reads whose data has come: (those for the general way, replies unsent).
 
-        Nothing waits to be sent when this is called.
+        Nothing waits to be sent when this is called. CHEAPER times ``most`` are answered at most.
         """
         left: list[Read] = []
         unsent = b""
@@ -236,7 +243,7 @@ class FastPath:
         figures, tally = self._reads, self._tally
         try_read, pack_read, settle = self._try_read, self._replies.pack_read, self._settle
         now = perf_counter_ns()
-        for _ in range(min(most, len(arrived))):
+        for _ in range(min(CHEAPER * most, len(arrived))):
             if at >= SEND_AT:
                 unsent = self._send(at)
                 at = 0

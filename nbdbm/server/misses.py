@@ -15,22 +15,56 @@ from nbdbm.nbd.events import Read
 from nbdbm.server.dispatch import REQUEST_COST
 from nbdbm.server.holdings import Holdings
 
+CALM_AFTER = 200_000
+"""Nanoseconds after which a client that had its answer from the page cache is taken to ask no more: several
+times what one takes that sends its next request at once."""
+
+PATIENCE = 800_000
+"""Nanoseconds for which reads whose data has come are not answered for want of calm. They have waited as long
+for their disk, and are then answered many at a time, which takes half the processor time of two at a time.
+Measured on two processors, a client at depth 1 whose reads hit beside one at depth 32 whose reads miss:
+without this 5 000 reads a second and 64 000, with 14 000 and 31 000 (qemu-nbd with io_uring: 17 000 and
+28 000)."""
+
+
+class Calm:
+    """Whether clients ask for what is there already; one for all connections of a server.
+
+    Such a client waits for each answer before it asks again, while the disk brings more and more for the
+    others: answered as it comes, that would keep the processor busy all the time.
+    """
+
+    __slots__ = ("asked",)
+
+    def __init__(self) -> None:
+        self.asked = 0
+        """When something was last answered at once, nanoseconds."""
+
+    def reigns(self, since: int) -> bool:
+        """Whether nobody is to be let go first by those who have waited since then (nanoseconds)."""
+        now = perf_counter_ns()
+        return now - self.asked >= CALM_AFTER or now - since >= PATIENCE
+
 
 class Misses:
     """What waits, and what waits no more.
 
     Args:
+        calm: of the server; while it does not reign, ``arrived`` is left alone where there are other clients.
         holdings: where these reads are counted as commands in progress: while one is, the connection holds
             its export, even if the client has left.
         proceed: called, at some later time, whenever there is something in ``arrived``.
     """
 
-    __slots__ = ("_bring", "_holdings", "_proceed", "arrived")
+    __slots__ = ("_bring", "_holdings", "_proceed", "arrived", "awaited_since", "calm")
 
-    def __init__(self, export: Export, holdings: Holdings, proceed: Callable[[], None]) -> None:
+    def __init__(self, export: Export, holdings: Holdings, calm: Calm, proceed: Callable[[], None]) -> None:
         self._bring = export.bring
         self._holdings = holdings
         self._proceed = proceed
+        self.calm = calm
+        self.awaited_since = 0
+        """Since when ``arrived`` waits for calm, nanoseconds; 0: it does not."""
         self.arrived: deque[tuple[Read, int, int]] = deque()
         """Reads to be done now, when they began (nanoseconds), and what became of their data. ``finish`` is
         to be called for each that is taken out."""

@@ -19,6 +19,7 @@ from nbdbm.server.buffers import BufferPool
 from nbdbm.server.busypoll import processors
 from nbdbm.server.connection import NbdConnection
 from nbdbm.server.listener import SILENCE, Listener, peer_of, prepare
+from nbdbm.server.misses import Calm
 from nbdbm.server.tls import Credentials
 from nbdbm.server.turns import Rota
 
@@ -69,6 +70,8 @@ class Server:
         """What the connections hold in memory together; they keep the account."""
         self.rota = Rota()
         """Whose handshake goes on next."""
+        self.calm = Calm()
+        """Whether reads that have waited for the disk may be answered before others."""
         self.busy_poll = self.config.busy_poll if processors() > 1 else 0.0
         """Seconds for which a connection awaits the next request awake; 0: never."""
         self.closing = False

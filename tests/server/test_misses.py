@@ -21,8 +21,8 @@ from nbdbm.image.blockfile import ThreadedFile
 from nbdbm.image.image import Image
 from nbdbm.image.ring import CACHED, CAME, FAILED, Told
 from nbdbm.nbd.events import Read
-from nbdbm.server import connection, holdings
-from nbdbm.server.fastpath import FastPath
+from nbdbm.server import connection, holdings, misses
+from nbdbm.server.fastpath import CHEAPER, FastPath
 from nbdbm.server.server import Server
 from tests.server.rawclient import READ, TRIM, WRITE, WRITE_ZEROES, RawClient
 from tests.server.running import run, until
@@ -290,6 +290,7 @@ def test_a_few_in_a_turn_beside_others(
     session: Callable[[Work], None], monkeypatch: pytest.MonkeyPatch, clients: int
 ) -> None:
     turns: list[int] = []
+    most = CHEAPER * connection.BEGIN_AT_ONCE
     real = FastPath.serve_arrived
 
     def spy(self: FastPath, most: int) -> tuple[list[Read], bytes]:
@@ -303,20 +304,71 @@ def test_a_few_in_a_turn_beside_others(
     async def work(server: Server, image: Image, disk: SlowDisk, content: bytes) -> None:
         client = await connect(server, "simple", fast=True)
         others = [await connect(server, "simple", fast=True) for _ in range(clients - 1)]
-        replies = await ask(client, spread(64))
+        replies = await ask(client, spread(90))
         begun = 0
-        while begun < 64:
+        while begun < 90:
             await asyncio.sleep(0)
             if others:
-                assert len(disk.waiting) - begun <= connection.BEGIN_AT_ONCE
+                assert len(disk.waiting) - begun <= most
             begun = len(disk.waiting)
         disk.come()
         await all_of(client, replies)
         right(replies, content)
-        assert sum(turns) == 64
-        assert (max(turns) <= connection.BEGIN_AT_ONCE) is bool(others)
+        assert sum(turns) == 90
+        assert (max(turns) <= most) is bool(others)
         for each in (client, *others):
             await each.close()
+
+    session(work)
+
+
+FOR_EVER = 1 << 62
+
+
+@pytest.mark.parametrize("relief", ["calm", "patience", "alone", "is lost"])
+def test_whose_data_is_there_goes_first(
+    session: Callable[[Work], None], monkeypatch: pytest.MonkeyPatch, relief: str
+) -> None:
+    """What has come from the disk is not answered while another client's reads hit, for a while."""
+
+    async def work(server: Server, image: Image, disk: SlowDisk, content: bytes) -> None:
+        monkeypatch.setattr(misses, "CALM_AFTER", FOR_EVER)
+        monkeypatch.setattr(misses, "PATIENCE", FOR_EVER)
+        client = await connect(server, "simple", fast=True)
+        one = only(server)
+        other = await connect(server, "simple", fast=True)
+        replies = await ask(client, spread(20))
+        await until(lambda: len(disk.waiting) == 20)
+        disk.come()
+        for _ in range(20):
+            hits = await ask(other, spread(5))
+            await all_of(other, hits)
+            right(hits, content)
+        assert one.running == 20
+        # Not even when something else is done for the same client.
+        await all_of(client, await ask(client, [Request(TRIM, 100, 0, 512)]))
+        assert one.running == 20
+        match relief:
+            case "calm":
+                monkeypatch.setattr(misses, "CALM_AFTER", 0)
+            case "patience":
+                monkeypatch.setattr(misses, "PATIENCE", 0)
+            case "alone":
+                await other.close()
+                await until(lambda: server.alone)
+                monkeypatch.setattr(misses, "PATIENCE", 0)
+            case "is lost":
+                one.abort()
+                await until(lambda: server.alone and not server.budget.used)
+                assert one.running == 0
+                await client.close()
+                await other.close()
+                return
+        await all_of(client, replies)
+        right(replies, content)
+        await client.close()
+        if relief != "alone":
+            await other.close()
 
     session(work)
 
