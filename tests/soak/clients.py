@@ -19,7 +19,7 @@ from nbdbm.nbd.constants import CONTEXT_ALLOCATION, CONTEXT_DEPTH
 from tests.server.rawclient import OPT_GO, READ, WRITE, request
 from tests.soak import watchers
 from tests.soak.disk import FAULT, SIZE, WILD, Disk
-from tests.soak.world import GRACE, PATIENCE, SECRET, STATIC, TARGET, World
+from tests.soak.world import GRACE, PATIENCE, SECRET, STATIC, TARGET, World, outcome
 from tests.support import qemu
 
 IHAVEOPT = b"IHAVEOPT"
@@ -107,23 +107,9 @@ async def look(world: World) -> None:
 
 async def run(world: World, *argv: object, tool: str) -> str:
     """Run one of QEMU's or libnbd's programs; ToolFailed if its status is not 0."""
-    process = await asyncio.create_subprocess_exec(
-        *qemu.SYSTEM.argv(tool, *argv),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env=qemu.environment(),
-    )
-    try:
-        async with asyncio.timeout(PATIENCE):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    said = output.decode(errors="replace")
-    if process.returncode != 0:
-        raise qemu.ToolFailed(f"{tool} {' '.join(map(str, argv))}: status {process.returncode}\n{said}")
+    status, said = await outcome(qemu.SYSTEM.argv(tool, *argv))
+    if status:
+        raise qemu.ToolFailed(f"{tool} {' '.join(map(str, argv))}: status {status}\n{said}")
     world.counts[tool] += 1
     return said
 
@@ -170,11 +156,12 @@ async def copy_in(world: World) -> None:
     elif kind == 1:
         await run(world, "convert", "-n", "-f", "raw", "-O", "raw", world.raw, uri, tool="qemu-img")
     else:
+        # It may wait for ever for a server that is gone; a job that is a process would outlive it then.
         said = await run(
             *(world, "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite"),
             *("--bsrange=512-64k", "--bs_unaligned=0", "--size=4m", "--io_size=1m", "--iodepth=8"),
             *("--fsync=32", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"),
-            *(f"--randseed={rng.randrange(1 << 30)}", "--output-format=terse"),
+            *(f"--randseed={rng.randrange(1 << 30)}", "--output-format=terse", "--thread"),
             tool="fio",
         )
         results = [line.split(";") for line in said.splitlines() if line.startswith("3;")]

@@ -12,7 +12,7 @@ import ssl
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbdbm.client import NbdClient
-from tests.soak.world import PATIENCE, SECRET, STATIC, World
+from tests.soak.world import SECRET, STATIC, World, outcome
 from tests.support import qemu, servers
 
 
@@ -67,23 +67,9 @@ class Watcher:
         world = self._world
         as_json = world.rng.random() < 0.7
         changes, ends = [disk.changes for disk in world.disks], world.changes
-        process = await asyncio.create_subprocess_exec(
-            *(*servers.NBDBM, "status", str(world.control), *["--json"] * as_json),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=qemu.environment(),
-        )
-        try:
-            async with asyncio.timeout(PATIENCE):
-                output, _ = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        said = output.decode()
+        status, said = await outcome((*servers.NBDBM, "status", str(world.control), *["--json"] * as_json))
         assert "Traceback" not in said, said
-        if process.returncode:
+        if status:
             raise qemu.ToolFailed(f"nbdbm status: {said}")
         if not world.up.is_set() or world.changes != ends:
             return  # it may have been about to end, and have no exports left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -313,3 +314,26 @@ class World:
             if line.startswith(field + ":"):
                 return int(line.split()[1])
         raise AssertionError(field)
+
+
+async def outcome(argv: Sequence[str]) -> tuple[int, str]:
+    """Run a program: its status and what it said. Ended, and its pipe closed, whatever happens to us."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=qemu.environment(),
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(PATIENCE):
+            output, _ = await process.communicate()
+    except BaseException:
+        # All of the group, since one that is left would hold the pipe.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.communicate()
+        raise
+    assert process.returncode is not None
+    return process.returncode, output.decode(errors="replace")
