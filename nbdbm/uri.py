@@ -121,6 +121,10 @@ def parse(text: str) -> NbdUri:
     # "+" is an ordinary character in a socket path, only web forms take it for a space.
     query = split.query.replace("+", "%2B")
     for key, value in parse_qsl(query, keep_blank_values=True, errors="surrogateescape"):
+        try:
+            value.encode(errors="surrogateescape")
+        except UnicodeError as error:
+            raise UsageError(f"{text!r}: {key} is not UTF-8") from error
         if key.startswith("tls-"):
             tls[key.removeprefix("tls-").replace("-", "_")] = _tls_value(text, encrypted, key, value)
             continue

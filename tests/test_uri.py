@@ -133,3 +133,9 @@ def test_with_tls() -> None:
     assert str(NbdUri.vsock(1).with_tls()) == "nbds+vsock://2:1"
     assert NbdUri.tcp("h").with_tls().with_tls().plain_scheme == "nbd"
     assert not NbdUri.tcp("h").encrypted
+
+
+def test_a_path_of_no_bytes() -> None:
+    """What neither a command line nor a file can say; found by the fuzzer."""
+    with pytest.raises(UsageError, match="socket is not UTF-8"):
+        uri.parse("nbd+unix:///?socket=/a\ud800")
