@@ -124,7 +124,7 @@ def parse(text: str) -> NbdUri:
         try:
             value.encode(errors="surrogateescape")
         except UnicodeError as error:
-            raise UsageError(f"{text!r}: {key} is not UTF-8") from error
+            raise UsageError(f"{text}: {key} is not UTF-8") from error
         if key.startswith("tls-"):
             tls[key.removeprefix("tls-").replace("-", "_")] = _tls_value(text, encrypted, key, value)
             continue
