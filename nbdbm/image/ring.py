@@ -189,19 +189,23 @@ class Ring:
             self._tail -= refused
             words[self._sq_tail] = self._tail & 0xFFFFFFFF
         self._queued = 0
+        outcomes = []
         head, tail = words[self._cq_head], words[self._cq_tail]
         while head != tail:
             number, result = CQE.unpack_from(self._map, self._cqes + (head & self._cq_mask) * CQE.size)
             head = (head + 1) & 0xFFFFFFFF
             told, about, length = self._waiting.pop(number)
-            told(about, FAILED if result != length else CAME if number < new else CACHED)
+            outcomes.append((told, about, FAILED if result != length else CAME if number < new else CACHED))
         words[self._cq_head] = head
         for number in range(self._tail, self._tail + refused):
             told, about, _ = self._waiting.pop(number)
-            told(about, FAILED)
+            outcomes.append((told, about, FAILED))
         if words[self._sq_flags] & TASKRUN and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._enter)
+        # The queues are in order before anybody is told, whatever he does then: even leave.
+        for told, about, what in outcomes:
+            told(about, what)
 
 
 def _checked(result: int) -> int:

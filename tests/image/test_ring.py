@@ -273,3 +273,33 @@ def test_a_half_made_ring_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -
         assert len(os.listdir("/proc/self/fd")) == len(before)
 
     asyncio.run(main())
+
+
+@needs_ring
+def test_whoever_is_told_may_leave(tmp_path: Path) -> None:
+    """The last user leaves while several are told together; and a bug of one takes nobody else along."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4 * PAGE))
+
+    async def work(ring: Ring, told: Listener) -> None:
+        def fail(about: object, what: int) -> None:
+            raise RuntimeError("a bug")
+
+        def leave(about: object, what: int) -> None:
+            ring.leave()
+            told(about, what)
+
+        failures: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: failures.append(context.get("exception"))
+        )
+        with path.open("rb") as file:
+            assert ring.fetch(file.fileno(), 0, PAGE, fail, "first")
+            await until(lambda: bool(failures))
+            assert isinstance(failures.pop(), RuntimeError)
+            assert ring.fetch(file.fileno(), 0, PAGE, leave, "leaves")
+            assert ring.fetch(file.fileno(), PAGE, PAGE, told, "second")
+            assert [about for about, _ in await told.wait(2)] == ["leaves", "second"]
+        assert not failures
+
+    with_ring(work, leave=False)
