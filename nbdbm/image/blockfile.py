@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from nbdbm.errors import ImageError
+from nbdbm.image.folios import SMALL, Folios
 from nbdbm.image.locks import lock, unlock
 from nbdbm.image.pagecache import cached
 from nbdbm.image.readahead import LARGEST, ReadAhead
@@ -179,6 +180,8 @@ class ThreadedFile:
         one spins for its turn: a sixth of all processor time with eight writes of 1 MiB under way."""
         self._ring: Ring | None = None
         """What brings data to the page cache, once something has missed it and if there is such a thing."""
+        self._folios = Folios()
+        """What is known of how small writes fare."""
         self._nowait = True
         """False once the file system has said that it knows no RWF_NOWAIT."""
 
@@ -360,7 +363,14 @@ class ThreadedFile:
         length = len(data)
         if length > INLINE_WRITE or self._writing.locked():
             return False  # while a thread writes, another write would only wait for the file's lock
-        self._pwrite(offset, data)
+        if length <= SMALL:
+            self._folios.countdown -= 1
+        if length > SMALL or self._folios.countdown > 0:
+            self._pwrite(offset, data)
+        else:
+            self._folios.before(self.fd, offset, self.size)
+            self._pwrite(offset, data)
+            self._folios.after()
         if offset + length > self.size:
             self.size = offset + length
         return True
@@ -450,6 +460,7 @@ class ThreadedFile:
             raise
         finally:
             self._syncing -= 1
+        self._folios.synced()
 
     # -- the file itself -----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbm.image import pagecache
-from nbdbm.image.pagecache import PAGE, cached, supported
+from nbdbm.image.pagecache import PAGE, cached, page, supported
 
 PAGES = 64
 
@@ -44,6 +44,23 @@ def test_what_was_dropped_is_not(fd: int) -> None:
     os.pread(fd, 1, 7 * PAGE)
     assert cached(fd, 7 * PAGE, PAGE)
     assert not cached(fd, 7 * PAGE, PAGES * PAGE - 7 * PAGE)
+    assert page(fd, 7 * PAGE) == (True, False)
+    assert page(fd, 0) == (False, False)
+
+
+@needs_cachestat
+def test_what_was_written_is_dirty_until_it_is_on_the_disk(tmp_path: Path) -> None:
+    number = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        os.pwrite(number, bytes(2 * PAGE), 0)
+        if page(number, 0) == (True, False):
+            pytest.skip("this file system has nothing to be written to (tmpfs)")
+        assert page(number, PAGE) == (True, True)
+        os.fsync(number)
+        assert page(number, 0) == page(number, PAGE + 5) == (True, False)
+        assert page(number, 2 * PAGE) == (False, False)
+    finally:
+        os.close(number)
 
 
 @needs_cachestat
@@ -58,5 +75,6 @@ def test_a_kernel_that_cannot_say(fd: int, monkeypatch: pytest.MonkeyPatch) -> N
     try:
         assert not supported()
         assert not cached(fd, 0, PAGE)
+        assert page(fd, 0) == (False, False)
     finally:
         pagecache._cachestat.cache_clear()
