@@ -206,6 +206,32 @@ class Allocator:
             self._end = max(self._end, self._hint)
             return start << self.cluster_bits, end - first, fresh
 
+    def allocate_now(self) -> int:
+        """``allocate`` for one fresh cluster where that waits for nothing: its host offset; else -1."""
+        number, index = divmod(self._hint, self.per_block)
+        block = self._blocks.get(number)
+        if block is None:
+            return -1
+        first = block.used.find(False, index)
+        start = number * self.per_block + first
+        if first < 0 or start < self._end or self.occupied.hit(start, start + 1):
+            return -1
+        self._claim(number, block, first, 1)
+        self._hint = self._end = start + 1
+        return start << self.cluster_bits
+
+    def release_now(self, offset: int, *, untouched: bool) -> None:
+        """Give back what ``allocate_now`` has just given; ``untouched``: nothing was stored there."""
+        start = offset >> self.cluster_bits
+        number, index = divmod(start, self.per_block)
+        block = self._blocks[number]
+        block.counts[index] = 0
+        block.used[index] = False
+        self._touch(number, block, index, 1)
+        self._hint = start
+        if untouched:
+            self._end = start
+
     async def allocate_exact(self, count: int) -> tuple[int, bool]:
         """Claim exactly ``count`` adjacent clusters, for a table that is longer: (host offset, fresh)."""
         if count >= self.per_block:

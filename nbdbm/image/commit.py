@@ -128,6 +128,11 @@ class Metadata:
             if self._cache.get(key) is table:
                 return table
 
+    def changeable(self, offset: int) -> bool:
+        """Whether the cached slice for a guest offset may be changed as it is: ``table`` would return it."""
+        index = offset >> self._geometry.l1_shift
+        return not self._wrong_tables and bool(self.clusters.l1[index] & COPIED)
+
     def _judge_table(self, index: int) -> None:
         place = self.clusters.table_offset(index)
         if place >> self._geometry.cluster_bits in self._wrong_tables:

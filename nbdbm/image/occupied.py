@@ -39,7 +39,10 @@ class Occupied:
 
     def hit(self, first: int, end: int) -> bool:
         """Whether one of the clusters holds metadata."""
-        if end - first > len(self.single):
+        if end - first == 1:
+            if first in self.single:
+                return True
+        elif end - first > len(self.single):
             if any(first <= cluster < end for cluster in self.single):
                 return True
         elif not self.single.isdisjoint(range(first, end)):

@@ -60,6 +60,11 @@ class Writer:
         self._raw_data = raw_data
         self._locks = ClusterLocks()
         self._occupied = metadata.allocator.occupied
+        self._data = metadata.data
+        self._cluster_bits = self._geometry.cluster_bits
+        self._external_data = self._geometry.external_data
+        self._plain = not (has_backing or self._geometry.extended_l2 or self._external_data)
+        """A cluster without an entry reads as zeroes, whatever is beside it."""
 
     @property
     def broken(self) -> str | None:
@@ -73,31 +78,61 @@ class Writer:
     # -- the short way -------------------------------------------------------------------------
 
     def try_write(self, offset: int, data: memoryview) -> bool:
-        """Write at once if all of it can be written in place without waiting; False: nothing was done.
+        """Write at once if all of it can be written in place, or to one new cluster, without waiting; False:
+        nothing was done.
 
         Raises:
             OSError: the host refused it; some of it may have been written.
         """
         length = len(data)
         table = self._clusters.cached(offset, length)
-        if table is None:
+        if table is None or (self._locks.held and self._holder(offset, length) is not None):
             return False
         host, part = self._in_place(table, offset, length)
-        if part < length or (self._locks.held and self._holder(offset, length) is not None):
+        if part == length:
+            return self._data.try_pwrite(host, data)
+        return not part and self._plain and self._try_allocate(table, offset, data)
+
+    def _try_allocate(self, table: Table, offset: int, data: memoryview) -> bool:
+        """``_allocate`` where there is nothing around the data, for a write to one cluster. It waits for
+        nothing, so that nobody sees it half done: no lock, and no epoch."""
+        geometry, metadata = self._geometry, self._metadata
+        within = offset & geometry.cluster_mask
+        if (
+            within + len(data) > geometry.cluster_size
+            or table.words[self._editor.slot(offset)]
+            or metadata.pressing
+            or not metadata.changeable(offset)
+        ):
             return False
-        return self._metadata.data.try_pwrite(host, data)
+        allocator = metadata.allocator
+        host = allocator.allocate_now()
+        if host < 0:
+            return False
+        done = False
+        try:
+            done = self._data.try_pwrite(host + within, data)
+        except OSError:
+            allocator.release_now(host, untouched=False)
+            raise
+        if done:
+            self._editor.link_blank(table.words, offset, host, 1)
+            metadata.changed(offset, table)
+        else:
+            allocator.release_now(host, untouched=True)
+        return done
 
     def _in_place(self, table: Table, offset: int, length: int) -> tuple[int, int]:
         """What of the range may be overwritten where it lies, see ``L2Editor.in_place``; inside the file, and
         no metadata."""
         host, part = self._editor.in_place(table.words, offset, length)
-        if part and not self._geometry.external_data:
-            bits = self._geometry.cluster_bits
-            if self._occupied.hit(host >> bits, ((host + part - 1) >> bits) + 1):
+        if part and not self._external_data:
+            bits, end = self._cluster_bits, host + part
+            if self._occupied.hit(host >> bits, ((end - 1) >> bits) + 1):
                 return 0, 0  # ``_judge`` complains
-            if not self._inside(host + part - 1):
+            if end > self._data.size and not self._inside(end - 1):
                 size = self._geometry.cluster_size
-                part = max(0, -(-self._metadata.file.size // size) * size - host)
+                part = max(0, -(-self._data.size // size) * size - host)
         return host, part
 
     async def _judge(self, offset: int, length: int) -> Table:

@@ -111,32 +111,6 @@ def test_whoever_changes_a_later_cluster_is_waited_for() -> None:
     run(work)
 
 
-def test_try_write_does_all_or_nothing() -> None:
-    async def work() -> None:
-        parts = await opened(disk())
-        done: list[tuple[int, bytes]] = []
-
-        def try_pwrite(offset: int, data: memoryview) -> bool:
-            done.append((offset, bytes(data)))
-            return True
-
-        parts.file.try_pwrite = try_pwrite  # type: ignore[method-assign]
-        writer = parts.writer
-        view = memoryview(b"w" * SIZE)
-        assert not writer.try_write(0, view)  # the table is not there yet
-        host = (await where(parts, 0)) & ~COPIED
-        assert writer.try_write(SIZE // 2, view)
-        assert done == [(host + SIZE // 2, bytes(view))]
-        assert not writer.try_write(8 * SIZE - 1, view)  # leads into a hole
-        assert not writer.try_write(REACH - 1, view)
-        lock = await writer._locks.acquire(0, 1)
-        assert not writer.try_write(10, view[:10])
-        writer._locks.release(lock)
-        assert writer.try_write(10, view[:10])
-
-    run(work)
-
-
 def test_a_hole_gets_adjacent_clusters_and_what_surrounds_is_zeroes() -> None:
     async def work() -> None:
         parts = await opened(disk())
