@@ -361,23 +361,29 @@ class ThreadedFile:
     def try_pwrite(self, offset: int, data: memoryview) -> bool:
         """Write all of ``data`` now if it is little enough to be copied to the page cache; else False."""
         length = len(data)
+        if length > SMALL:
+            return self._write_now(offset, data)
+        folios = self._folios
+        folios.countdown -= 1
+        if folios.countdown > 0:
+            return self._write_now(offset, data)
+        folios.before(self.fd, offset, self.size)
+        done = self._write_now(offset, data)
+        folios.after()
+        return done
+
+    def _write_now(self, offset: int, data: memoryview) -> bool:
+        length = len(data)
         if length > INLINE_WRITE or self._writing.locked():
             return False  # while a thread writes, another write would only wait for the file's lock
-        if length <= SMALL:
-            self._folios.countdown -= 1
-        if length > SMALL or self._folios.countdown > 0:
-            self._pwrite(offset, data)
-        else:
-            self._folios.before(self.fd, offset, self.size)
-            self._pwrite(offset, data)
-            self._folios.after()
+        self._pwrite(offset, data)
         if offset + length > self.size:
             self.size = offset + length
         return True
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data``, extending the file where needed."""
-        if self.try_pwrite(offset, memoryview(data)):
+        if self._write_now(offset, memoryview(data)):
             return
         async with self._writing:
             await in_thread(self._pwrite, offset, memoryview(data))

@@ -396,7 +396,7 @@ class Image:
         return self._side
 
     def try_write(self, offset: int, data: memoryview) -> bool:
-        """Write at once, in place, if that needs no waiting; False: ``write`` must do it (or fail)."""
+        """Write at once if that needs no waiting; False: ``write`` must do it (or fail)."""
         side = self._side
         if side is None or side.broken is not None or self._detect_zeroes is not DetectZeroes.OFF:
             return False

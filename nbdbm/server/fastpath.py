@@ -9,7 +9,7 @@ arena, header and payload behind each other, and one system call sends them:
     left over          FLUSH                                    the general way (dispatch.py)
 
 A read that misses the page cache waits in misses.py, as cheaply, and is done here once its data has come.
-Whatever else cannot be done now (several pieces, a cluster to allocate, large, with flags) is left to the
+Whatever else cannot be done now (several pieces, large, with flags, what must be copied) is left to the
 general way; NBD allows replies in any order. The two ways answer alike: tests/server/test_fastpath.py has
 every request go through both.
 """
