@@ -35,7 +35,8 @@ _NO_FLAGS = FLAGS[0]
 _new = tuple.__new__
 """Makes an event at half the cost of calling its class; for the hot loop only."""
 
-_READ, _WRITE, _PAYLOAD_LEN = int(Cmd.READ), int(Cmd.WRITE), int(CmdFlag.PAYLOAD_LEN)
+_READ, _WRITE, _BLOCK_STATUS = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.BLOCK_STATUS)
+_PAYLOAD_LEN = int(CmdFlag.PAYLOAD_LEN)
 
 _INCOMPLETE = -1
 """Returned instead of a position when a message must stay in the scratch until more of it is there."""
@@ -122,10 +123,10 @@ class Requests:
 
     def parse(self, at: int, end: int, events: list[Event]) -> int:
         """Parse requests from ``at`` on; return where the first incomplete one, or the ``rest``, begins."""
-        # The two common requests are judged in line, by the rules that Judge has for them; whatever is
+        # The common requests are judged in line, by the rules that Judge has for them; whatever is
         # not plain goes the general way.
         unpack, head, size, maximum, small, payload_len = self._inline
-        view, origins = self._view, self._origins
+        view, origins, contexts = self._view, self._origins, self._negotiated.contexts
         while end - at >= head:
             magic, flags, command, cookie, offset, length = unpack(view, at)
             if magic != self._magic:
@@ -147,6 +148,12 @@ class Requests:
                         origins.note(cookie, offset)
                     data = memoryview(bytes(view[start:at]))
                     events.append(_new(Write, (cookie, offset, data, _NO_FLAGS)))
+                    continue
+                elif command == _BLOCK_STATUS and length and contexts and not flags:
+                    at += head
+                    if origins is not None:
+                        origins.note(cookie, offset)
+                    events.append(_new(BlockStatus, (cookie, offset, length, _NO_FLAGS, contexts)))
                     continue
             request = Request(magic, flags, command, cookie, offset, length)
             after = self._request(request, at + head, end, events)

@@ -52,6 +52,9 @@ ZEROES = memoryview(bytes(64 * 1024))
 HEAD = 64
 """Bytes that no header of a reply exceeds, a read's first chunk included."""
 
+COOKIE_AT = 8
+"""Where the cookie is in the header of a chunk, bytes from its start."""
+
 _DONE = int(ReplyFlag.DONE)
 _OFFSET_DATA, _OFFSET_HOLE = int(ReplyType.OFFSET_DATA), int(ReplyType.OFFSET_HOLE)
 """Plain numbers for the read path: a member looked up in its class costs as much as a small pack."""
@@ -228,6 +231,11 @@ class ReplyBuilder(Protocol):
     ) -> None:
         """Extents for each context id."""
 
+    def pack_status(
+        self, origin: int, contexts: Sequence[tuple[int, ExtentList]]
+    ) -> tuple[bytearray, list[int]]:
+        """``status`` for a cookie that is not known yet: the bytes, and where in them it goes (64 bits)."""
+
 
 class SimpleReplies:
     """Simple replies ("Simple reply message")."""
@@ -265,6 +273,11 @@ class SimpleReplies:
         self, out: Output, cookie: int, origin: int, contexts: Sequence[tuple[int, ExtentList]]
     ) -> None:
         raise AssertionError("BLOCK_STATUS has no simple reply, and no context can be selected")
+
+    def pack_status(
+        self, origin: int, contexts: Sequence[tuple[int, ExtentList]]
+    ) -> tuple[bytearray, list[int]]:
+        raise AssertionError("as status")
 
 
 class StructuredReplies:
@@ -352,6 +365,20 @@ class StructuredReplies:
             length = sum(map(len, payload))
             out.append(self._head(flags, self._status_type, cookie, origin, length))
             out.extend(payload)
+
+    def pack_status(
+        self, origin: int, contexts: Sequence[tuple[int, ExtentList]]
+    ) -> tuple[bytearray, list[int]]:
+        packed = bytearray()
+        places = []
+        last = len(contexts) - 1
+        for index, (number, extents) in enumerate(contexts):
+            payload = self._extents(number, extents)
+            flags = ReplyFlag.DONE if index == last else 0
+            places.append(len(packed) + COOKIE_AT)
+            packed += self._head(flags, self._status_type, 0, origin, sum(map(len, payload)))
+            packed += b"".join(payload)
+        return packed, places
 
     # what differs with extended headers
 

@@ -397,24 +397,21 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._handshake.cancel()
             self._handshake = None
         tally = self.account.enter(export.info.name)
-        self._status_ahead = StatusAhead.of(export, self._protocol)
+        sock = self._outbox.socket
+        outlet = None if self._protocol.traced else sock or self._outbox.tunnel
+        ahead = None if outlet is None else StatusAhead.of(export, self._protocol)
         self._context = Context(
-            export,
-            self._protocol,
-            self._server.buffers,
-            self._holdings.sent,
-            tally,
-            self._status_ahead,
-            self.peer,
+            export, self._protocol, self._server.buffers, self._holdings.sent, tally, ahead, self.peer
         )
         events = self._protocol.accept(export.info)
         if (negotiated := self._protocol.negotiated) is not None:
             self.account.contexts = [context.name for context in negotiated.contexts]
-        sock = self._outbox.socket
-        outlet = sock or self._outbox.tunnel
-        if outlet is not None and not self._protocol.traced:
+        if outlet is not None:
             self._misses = Misses(export, self._holdings, self._server.calm, self._arrived)
-            self._fast = FastPath(export, self._protocol, outlet, self._server.buffers, tally, self._misses)
+            self._fast = FastPath(
+                export, self._protocol, outlet, self._server.buffers, tally, self._misses, ahead
+            )
+            self._status_ahead = ahead
             if self._server.busy_poll and sock is not None:
                 self._poll = BusyPoll(sock, self._server.busy_poll)
         return events

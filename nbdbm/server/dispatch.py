@@ -164,11 +164,6 @@ async def _read(event: Read, context: Context) -> None:
 
 
 async def _block_status(event: BlockStatus, context: Context) -> None:
-    ahead = context.ahead
-    if ahead is not None and (answers := ahead.take(event)) is not None:
-        ahead.note(event, answers)
-        context.protocol.reply_block_status(event.cookie, answers)
-        return
     answers = await context.export.block_status(
         event.contexts,
         event.offset,
@@ -176,8 +171,8 @@ async def _block_status(event: BlockStatus, context: Context) -> None:
         req_one=bool(event.flags and event.flags & CmdFlag.REQ_ONE),
         limit=context.protocol.extent_limit(event),
     )
-    if ahead is not None and not event.flags:
-        ahead.note(event, answers)
+    if context.ahead is not None and not event.flags:
+        context.ahead.note(event, answers)
     context.protocol.reply_block_status(event.cookie, answers)
 
 

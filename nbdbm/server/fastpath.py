@@ -26,10 +26,11 @@ from time import perf_counter_ns
 
 from nbdbm.exports import CACHED, FILLED, ZEROES, Export
 from nbdbm.metrics import Tally
-from nbdbm.nbd.events import Event, Read, Write
+from nbdbm.nbd.events import BlockStatus, Event, Read, Write
 from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.nbd.receiver import SMALL_BODY
 from nbdbm.nbd.transmission import HEAD
+from nbdbm.server.ahead import StatusAhead
 from nbdbm.server.buffers import BufferPool
 from nbdbm.server.misses import Misses
 from nbdbm.tunnel import Tunnel
@@ -77,6 +78,7 @@ class FastPath:
         buffers: where those of large payloads go back to.
         tally: where what was done is counted.
         misses: where reads wait that miss the page cache.
+        status: block status that is answered ahead, if any is.
     """
 
     __slots__ = (
@@ -88,6 +90,8 @@ class FastPath:
         "_replies",
         "_settle",
         "_sock",
+        "_status",
+        "_statuses",
         "_tally",
         "_try_read",
         "_try_send",
@@ -103,13 +107,16 @@ class FastPath:
         buffers: BufferPool,
         tally: Tally,
         misses: Misses,
+        status: StatusAhead | None,
     ) -> None:
+        self._status = status
         self._tally = tally
         self._misses = misses
         self._calm = misses.calm
         self._cold = False
         """Reads missed of late: the next are not even tried, but the kernel told of all in one call."""
         self._reads, self._writes = tally.commands["read"], tally.commands["write"]
+        self._statuses = tally.commands["status"]
         self._try_read, self._try_write = export.try_read, export.try_write
         self._try_send = export.try_send if isinstance(sock, socket.socket) else None
         self._replies, self._settle = protocol.replies, protocol.settle
@@ -127,7 +134,7 @@ class FastPath:
         left: list[Event] = []
         ahead: list[Event] = []
         unsent = b""
-        written = writes = read = missed = 0
+        written = writes = read = missed = statuses = 0
         begin, cold = self._misses.begin, self._cold
         budget = TURN_BYTES
         try_read, pack_read, settle = self._try_read, self._replies.pack_read, self._settle
@@ -209,13 +216,30 @@ class FastPath:
                     self._give(data.obj)
                 if settle is not None:
                     settle(cookie, offset)
+            elif type(event) is BlockStatus and self._status is not None:
+                unsent = self._send(at)
+                at = 0
+                if unsent:
+                    ahead = events[number:]
+                    break
+                reply = self._status.reply(event)
+                if reply is None:
+                    left.append(event)
+                    continue
+                statuses += 1
+                if settle is not None:
+                    settle(event.cookie, event.offset)
+                unsent = self._send_packed(reply)
+                if unsent:
+                    ahead = events[number + 1 :]
+                    break
             else:
                 left.append(event)
         if at:
             unsent = self._send(at)
         # Counted by the batch, and each request took as long as the batch did.
         took = perf_counter_ns() - began
-        reads = len(events) - writes - missed
+        reads = len(events) - writes - missed - statuses
         if left or ahead:
             reads -= len(left) + len(ahead)
         if reads:
@@ -227,6 +251,8 @@ class FastPath:
             figures.buckets[took.bit_length()] += reads
         if writes:
             self._writes.record(writes, written, took)
+        if statuses:
+            self._statuses.record(statuses, 0, took)
         if reads or writes:
             self._calm.asked = began + took
         return left, ahead, unsent
@@ -313,6 +339,14 @@ class FastPath:
                 self._sock.shutdown(socket.SHUT_RDWR)
             return b""
         return unsent + rest
+
+    def _send_packed(self, reply: bytearray) -> bytes:
+        """Send a reply that is not in the arena; as ``_send``."""
+        try:
+            sent = self._sock.send(reply)
+        except OSError:
+            sent = 0
+        return bytes(reply[sent:])
 
     def _send(self, length: int) -> bytes:
         """Send the arena's first ``length`` bytes; return what the socket did not take. Errors are left to

@@ -246,9 +246,20 @@ def test_extended_status() -> None:
     assert sent == chunk(EXTENDED, 1, 6, struct.pack(">IIQQQQ", 9, 2, 1 << 40, 1, 512, 0))
 
 
+@pytest.mark.parametrize("style", [STRUCTURED, EXTENDED])
+def test_a_status_packed_before_its_cookie_is_known(style: HeaderStyle) -> None:
+    contexts = [(0, extents((512, 3), (1024, 0))), (9, extents((1536, 1)))]
+    packed, places = REPLIES[style].pack_status(4096, contexts)
+    for at in places:
+        packed[at : at + 8] = struct.pack(">Q", 7)
+    assert packed == built(style, "status", contexts)
+
+
 def test_simple_status_does_not_exist() -> None:
     with pytest.raises(AssertionError):
         built(SIMPLE, "status", [])
+    with pytest.raises(AssertionError):
+        REPLIES[SIMPLE].pack_status(0, [])
 
 
 FITS: dict[str, tuple[list[tuple[int, int]], list[int]]] = {

@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,9 @@ async def serving(path: Path, **options: Any) -> AsyncIterator[tuple[Server, Ima
         await server.close()
 
 
-async def connect(server: Server, style: str, *, fast: bool, buffer: int = 0) -> RawClient:
+async def connect(
+    server: Server, style: str, *, fast: bool, buffer: int = 0, contexts: Sequence[str] = ()
+) -> RawClient:
     """A client in transmission; ``buffer``: bytes of the server's send buffer."""
     ours, theirs = socket.socketpair()
     prepare(ours)
@@ -98,6 +100,8 @@ async def connect(server: Server, style: str, *, fast: bool, buffer: int = 0) ->
     client.send(struct.pack(">I", 3))
     if style != "simple":
         await client.option(OPT_STRUCTURED if style == "structured" else OPT_EXTENDED)
+    if contexts:
+        assert len(await client.select(*contexts)) == len(contexts)
     assert (await client.go())[-1][0] == 1
     return client
 
