@@ -178,6 +178,7 @@ class ThreadedFile:
         self._writing = asyncio.Lock()
         """Held by the one thread that writes. File systems let one at a time write to a file, and a second
         one spins for its turn: a sixth of all processor time with eight writes of 1 MiB under way."""
+        self._thread_writes = False
         self._ring: Ring | None = None
         """What brings data to the page cache, once something has missed it and if there is such a thing."""
         self._folios = Folios()
@@ -360,8 +361,7 @@ class ThreadedFile:
 
     def try_pwrite(self, offset: int, data: memoryview) -> bool:
         """Write all of ``data`` now if it is little enough to be copied to the page cache; else False."""
-        length = len(data)
-        if length > SMALL:
+        if len(data) > SMALL:
             return self._write_now(offset, data)
         folios = self._folios
         folios.countdown -= 1
@@ -374,9 +374,15 @@ class ThreadedFile:
 
     def _write_now(self, offset: int, data: memoryview) -> bool:
         length = len(data)
-        if length > INLINE_WRITE or self._writing.locked():
-            return False  # while a thread writes, another write would only wait for the file's lock
-        self._pwrite(offset, data)
+        if length > INLINE_WRITE or self._thread_writes:
+            return False  # another write would only wait for the file's lock
+        try:
+            done = os.pwrite(self.fd, data, offset)
+        except OSError as error:
+            raise self._named(error) from error
+        if done < length:
+            self._pwrite(offset + done, data[done:])
+        self._unsynced = True
         if offset + length > self.size:
             self.size = offset + length
         return True
@@ -386,7 +392,11 @@ class ThreadedFile:
         if self._write_now(offset, memoryview(data)):
             return
         async with self._writing:
-            await in_thread(self._pwrite, offset, memoryview(data))
+            self._thread_writes = True
+            try:
+                await in_thread(self._pwrite, offset, memoryview(data))
+            finally:
+                self._thread_writes = False
         self.size = max(self.size, offset + len(data))
 
     def _pwrite(self, offset: int, view: memoryview) -> None:

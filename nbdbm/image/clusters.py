@@ -67,7 +67,8 @@ class ClusterMap:
         self.tag = place << TAG_SHIFT
         self.decoder = L2Decoder(geometry)
         self._cache = cache
-        self._tables = cache.values
+        self.tables = cache.values
+        """The cached slices of all layers, by ``tag`` and number; see ``LoadingCache.values``."""
         self._slice_shift = geometry.slice_shift
         self._complaints: set[str] = set()
 
@@ -84,22 +85,15 @@ class ClusterMap:
         if (offset + length - 1) >> shift != number:
             return UNKNOWN
         key = self.tag + number
-        table = self._tables.get(key)
+        table = self.tables.get(key)
         if table is None:
             index = offset >> self.geometry.l1_shift
             return ABSENT if index >= len(self.l1) or not self.l1[index] else UNKNOWN
-        self._tables.move_to_end(key)
+        self.tables.move_to_end(key)
         host = self.decoder.locate(table.words, offset, length)
         if host >= 0 and host >= self.data.size and self.data is self.file:
             return UNKNOWN  # ``map`` complains
         return host
-
-    def cached(self, offset: int, length: int) -> Table | None:
-        """The slice that maps all of the range, if there is one and it is cached."""
-        number = offset >> self._slice_shift
-        if (offset + length - 1) >> self._slice_shift != number:
-            return None
-        return self._cache.get(self.tag + number)
 
     async def map(self, offset: int, length: int) -> list[Mapping]:
         """The runs that make up the range, neighbours merged within each L2 slice.
@@ -224,7 +218,7 @@ class ClusterMap:
         """
         number = offset >> self._slice_shift
         begin, end = number << self._slice_shift, (number + 1) << self._slice_shift
-        if offset + length > end and self.tag + number not in self._tables:
+        if offset + length > end and self.tag + number not in self.tables:
             gap = self.absent(offset, length)
             if gap:
                 return gap, None, offset
@@ -240,7 +234,7 @@ class ClusterMap:
         index, within = divmod(number, geometry.slices_per_table)
         where = self.table_offset(index)
         raw = await self.file.pread(where + within * geometry.slice_bytes, geometry.slice_bytes)
-        if self.table_offset(index) != where or self.tag + number in self._tables:
+        if self.table_offset(index) != where or self.tag + number in self.tables:
             return None
         return self.decoder.kinds_of(raw, "big")
 

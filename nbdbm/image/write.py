@@ -27,6 +27,7 @@ from nbdbm.image.commit import Metadata
 from nbdbm.image.inflight import ClusterLocks
 from nbdbm.image.read import Reader
 from nbdbm.inline import run_inline
+from nbdbm.qcow2.constants import COPIED, OFFSET_MASK
 from nbdbm.qcow2.l2edit import L2Editor
 from nbdbm.qcow2.mapping import Kind
 
@@ -63,8 +64,13 @@ class Writer:
         self._data = metadata.data
         self._cluster_bits = self._geometry.cluster_bits
         self._external_data = self._geometry.external_data
-        self._plain = not (has_backing or self._geometry.extended_l2 or self._external_data)
-        """A cluster without an entry reads as zeroes, whatever is beside it."""
+        self._cluster_mask = self._geometry.cluster_mask
+        self._cluster_size = self._geometry.cluster_size
+        self._slice_shift = self._geometry.slice_shift
+        self._index_mask = self._geometry.slice_entries - 1
+        self._simple = not (self._geometry.extended_l2 or self._external_data)
+        self._own_mask = self._editor.own_mask
+        self._tables, self._tag = metadata.clusters.tables, metadata.clusters.tag
 
     @property
     def broken(self) -> str | None:
@@ -85,25 +91,38 @@ class Writer:
             OSError: the host refused it; some of it may have been written.
         """
         length = len(data)
-        table = self._clusters.cached(offset, length)
-        if table is None or (self._locks.held and self._holder(offset, length) is not None):
+        number = offset >> self._slice_shift
+        table = self._tables.get(self._tag + number)
+        if table is None or (offset + length - 1) >> self._slice_shift != number:
             return False
-        host, part = self._in_place(table, offset, length)
-        if part == length:
-            return self._data.try_pwrite(host, data)
-        return not part and self._plain and self._try_allocate(table, offset, data)
+        self._tables.move_to_end(self._tag + number)
+        if self._locks.held and self._holder(offset, length) is not None:
+            return False
+        within = offset & self._cluster_mask
+        if not self._simple or within + length > self._cluster_size:
+            host, part = self._in_place(table, offset, length)
+            return part == length and self._data.try_pwrite(host, data)
+        # The common write lies in one cluster: as ``_in_place``, at half the cost.
+        entry = table.words[(offset >> self._cluster_bits) & self._index_mask]
+        if not entry:
+            return not self._has_backing and self._try_allocate(table, offset, data)
+        if entry & self._own_mask != COPIED:
+            return False
+        host = entry & OFFSET_MASK
+        place = host >> self._cluster_bits
+        occupied = self._occupied
+        if not host or place in occupied.single or (occupied.crowded and occupied.hit(place, place + 1)):
+            return False
+        host += within
+        if host + length > self._data.size and not self._inside(host + length - 1):
+            return False
+        return self._data.try_pwrite(host, data)
 
     def _try_allocate(self, table: Table, offset: int, data: memoryview) -> bool:
         """``_allocate`` where there is nothing around the data, for a write to one cluster. It waits for
         nothing, so that nobody sees it half done: no lock, and no epoch."""
-        geometry, metadata = self._geometry, self._metadata
-        within = offset & geometry.cluster_mask
-        if (
-            within + len(data) > geometry.cluster_size
-            or table.words[self._editor.slot(offset)]
-            or metadata.pressing
-            or not metadata.changeable(offset)
-        ):
+        metadata = self._metadata
+        if metadata.pressing or not metadata.changeable(offset):
             return False
         allocator = metadata.allocator
         host = allocator.allocate_now()
@@ -111,7 +130,7 @@ class Writer:
             return False
         done = False
         try:
-            done = self._data.try_pwrite(host + within, data)
+            done = self._data.try_pwrite(host + (offset & self._cluster_mask), data)
         except OSError:
             allocator.release_now(host, untouched=False)
             raise

@@ -21,11 +21,12 @@ class L2Editor:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self._index_mask = geometry.slice_entries - 1
-        self._plain = not geometry.extended_l2 and not geometry.external_data
         self._cluster_bits = geometry.cluster_bits
-        self._cluster_mask = geometry.cluster_mask
         self._cluster_size = geometry.cluster_size
         self._unusual = COMPRESSED | ZERO | L2_RESERVED_MASK | geometry.misaligned_mask
+        self.own_mask = self._unusual | COPIED
+        """Without subclusters, and with the data in this file: what an entry leads to may be overwritten if
+        it has COPIED alone of these bits."""
 
     def slot(self, offset: int) -> int:
         """Index in the slice's words of the entry for a guest offset."""
@@ -37,16 +38,9 @@ class L2Editor:
 
         That is data in clusters that nobody else uses, in one piece. Length 0: nothing.
         """
-        within = offset & self._cluster_mask
-        if self._plain and within + length <= self._cluster_size:
-            # The common write lies in one cluster: at half the cost of the loop below.
-            entry = words[(offset >> self._cluster_bits) & self._index_mask]
-            host = entry & OFFSET_MASK
-            if entry & COPIED and host and not entry & self._unusual:
-                return host + within, length
-            return 0, 0
         geometry = self.geometry
         size = geometry.cluster_size
+        within = offset & geometry.cluster_mask
         at = self.slot(offset)
         start = total = 0
         while total < length:

@@ -138,7 +138,7 @@ class FastPath:
         begin, cold = self._misses.begin, self._cold
         budget = TURN_BYTES
         try_read, pack_read, settle = self._try_read, self._replies.pack_read, self._settle
-        try_send = self._try_send
+        try_send, try_write, pack_done = self._try_send, self._try_write, self._replies.pack_done
         at = 0
         for number, event in enumerate(events):
             if type(event) is Read:
@@ -206,13 +206,14 @@ class FastPath:
                     if unsent:
                         ahead = events[number:]
                         break
-                if flags or not self._try_write(offset, data):
+                if flags or not try_write(offset, data):
                     left.append(event)
                     continue
-                at += self._replies.pack_done(_arena, at, cookie, offset)
+                at += pack_done(_arena, at, cookie, offset)
                 writes += 1
-                written += len(data)
-                if len(data) > SMALL_BODY:
+                length = len(data)
+                written += length
+                if length > SMALL_BODY:
                     self._give(data.obj)
                 if settle is not None:
                     settle(cookie, offset)

@@ -6,6 +6,7 @@ A connection that is not given its socket (as under TLS) knows only the general 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -78,18 +79,18 @@ async def outcome(replies: Replies, image: Image) -> Outcome:
 def calls_of_files() -> Iterator[list[tuple[str, int, int]]]:
     """What is written and synced, in order."""
     calls: list[tuple[str, int, int]] = []
-    pwrite, sync = ThreadedFile._pwrite, ThreadedFile.sync
+    pwrite, sync = os.pwrite, ThreadedFile.sync
 
-    def spy_pwrite(self: ThreadedFile, offset: int, view: memoryview) -> None:
+    def spy_pwrite(fd: int, view: memoryview, offset: int) -> int:
         calls.append(("pwrite", offset, len(view)))
-        pwrite(self, offset, view)
+        return pwrite(fd, view, offset)
 
     async def spy_sync(self: ThreadedFile) -> None:
         calls.append(("sync", 0, 0))
         await sync(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThreadedFile, "_pwrite", spy_pwrite)
+        patch.setattr(os, "pwrite", spy_pwrite)
         patch.setattr(ThreadedFile, "sync", spy_sync)
         yield calls
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -275,11 +276,11 @@ def test_a_failed_write_comes_again_with_its_error(place: Path, monkeypatch: pyt
         client = await connect(server, "simple", fast=True)
         data = await first_data(image)
 
-        def full(self: ThreadedFile, offset: int, view: memoryview) -> None:
+        def full(fd: int, view: memoryview, offset: int) -> int:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(ThreadedFile, "_pwrite", full)
+            patch.setattr(os, "pwrite", full)
             requests = [Request(WRITE, 1, data, 3, 0, b"abc")]
             client.send(requests[0].pack("simple"))
             replies = Replies("simple", requests)
