@@ -138,8 +138,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         idle = self._act_on(events)
         if idle and (ahead := self._status_ahead) is not None and ahead.wanted:
             ahead.work()
-        if idle and (poll := self._poll) and len(events) == 1 and self._may_stay_awake and poll.begin():
-            self._stay_awake(poll)
+        if idle and events and (poll := self._poll) and self._may_stay_awake:
+            if len(events) > 1:
+                self._take_more(poll)
+            elif poll.begin():
+                self._stay_awake(poll)
 
     def _act_on(self, events: list[Event]) -> bool:
         """Act on events; whether all is answered and sent already, and nothing else to be done."""
@@ -174,6 +177,13 @@ class NbdConnection(asyncio.BufferedProtocol):
     def _begin_at_once(self) -> int:
         """How many commands may begin the general way in this turn."""
         return MAX_REQUESTS if self._server.alone else BEGIN_AT_ONCE
+
+    def _take_more(self, poll: BusyPoll) -> None:
+        """Answer what has come while the requests before it were answered, past the event loop."""
+        poll.resume()
+        while count := poll.receive_now(self._protocol.get_buffer):
+            if not self._act_on(self._protocol.buffer_updated(count)):
+                return
 
     def _stay_awake(self, poll: BusyPoll) -> None:
         """Answer requests that come one by one without going back to the event loop for each."""

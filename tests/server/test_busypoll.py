@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +129,26 @@ def test_end_and_errors_are_left_to_the_transport(
         assert pair[0].recv(1) == b""
 
 
+def test_what_has_come_is_received_without_waiting(pair: tuple[socket.socket, socket.socket]) -> None:
+    clock = Clock()
+    poll = BusyPoll(pair[0], LIMIT, clock)
+    poll.resume()
+    assert poll.receive_now(buffer) == 0 and clock.looks == 2
+    pair[1].send(b"hello")
+    assert poll.receive_now(buffer) == 5
+    assert bytes(BUFFER[:5]) == b"hello"
+    pair[1].send(b"later")
+    clock.now += TURN
+    assert poll.receive_now(buffer) == 0, "the event loop has its turn"
+    poll.resume()
+    assert poll.receive_now(buffer) == 5
+    pair[1].close()
+    assert poll.receive_now(buffer) == 0
+    assert pair[0].recv(1) == b""
+    pair[0].close()
+    assert poll.receive_now(buffer) == 0
+
+
 # -- in connections: the limit is long, so that staying awake is certain
 
 
@@ -141,17 +162,23 @@ async def one_by_one(client: RawClient, count: int) -> None:
 class Counting(BusyPoll):
     """Counts what was received awake; stands for BusyPoll."""
 
-    received = 0
+    received = taken = 0
 
     def receive(self, get_buffer):  # type: ignore[no-untyped-def]
         count = super().receive(get_buffer)
         Counting.received += bool(count)
         return count
 
+    def receive_now(self, get_buffer):  # type: ignore[no-untyped-def]
+        count = super().receive_now(get_buffer)
+        Counting.taken += bool(count)
+        return count
+
 
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
     monkeypatch.setattr(Counting, "received", 0)
+    monkeypatch.setattr(Counting, "taken", 0)
     monkeypatch.setattr("nbdbm.server.connection.BusyPoll", Counting)
     monkeypatch.setattr("nbdbm.server.server.processors", lambda: 2)
     return Counting
@@ -173,8 +200,6 @@ async def in_another_process(path: str, count: int) -> None:
         "    assert f.read(16) == struct.pack('>IIQ', 0x67446698, 0, cookie)\n"
         "    assert f.read(4096) == content\n"
     )
-    import sys
-
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, path, str(count))
     assert await process.wait() == 0
 
@@ -254,3 +279,35 @@ def test_what_the_fast_path_leaves_over(tmp_path: Path, counting: type[Counting]
 def test_processors() -> None:
     assert processors() >= 1
     assert busypoll.TURN <= 0.002
+
+
+async def many_at_a_time(path: str, rounds: int) -> None:
+    """Thirty-two reads under way, always, by a client that does not need our event loop to go on."""
+    script = (
+        "import socket, struct, sys\n"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+        "f = s.makefile('rwb'); f.read(18)\n"
+        "f.write(struct.pack('>IQIIIH', 3, 0x49484156454F5054, 7, 6, 0, 0)); f.flush()\n"
+        "while True:\n"
+        "    _, _, kind, length = struct.unpack('>QIII', f.read(20)); f.read(length)\n"
+        "    if kind == 1: break\n"
+        "content = bytes(range(256)) * 16\n"
+        "def ask(n): f.write(struct.pack('>IHHQQI', 0x25609513, 0, 0, n, n % 9 * 4096, 4096)); f.flush()\n"
+        "for n in range(32): ask(n)\n"
+        "for n in range(32, int(sys.argv[2])):\n"
+        "    assert f.read(4) == b'\\x67\\x44\\x66\\x98'; f.read(12)\n"
+        "    assert f.read(4096) == content\n"
+        "    ask(n)\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, path, str(rounds))
+    assert await process.wait() == 0
+
+
+def test_many_are_taken_past_the_event_loop(tmp_path: Path, counting: type[Counting]) -> None:
+    async def main() -> None:
+        async with running(MemoryImage(CONTENT), tmp_path) as (server, path):
+            await many_at_a_time(path, 20_000)
+            await until(lambda: not server.connections)
+        assert counting.taken > 0
+
+    run(main)
