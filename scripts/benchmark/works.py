@@ -88,13 +88,20 @@ def _fio(
     *,
     writable: bool = False,
     fresh: int = 64 * GIB,
+    reread: bool = False,
 ) -> Work:
-    """A load of fio's: operations per second for small blocks, MB per second for large ones."""
+    """A load of fio's: operations per second for small blocks, MB per second for large ones.
+
+    ``reread``: the image has just been read in sequence, before each run. Otherwise it is in the page cache
+    as it was made, or as another server has left it.
+    """
     small = load.block < 64 * KIB
 
     def measure(bench: Bench, contender: Contender) -> Sample:
         amount = load.amount // bench.scale if load.amount else None
         scaled = Load(load.rw, load.block, load.depth, load.jobs, load.mix, amount)
+        if reread and image is not None:
+            bench.images.cold(image)
         path = bench.images.fresh(fresh) if image is None else bench.images.warm(image)
         os.sync()
 
@@ -238,6 +245,10 @@ WORKS: tuple[Work, ...] = (
     _fio(
         "randwrite", "4 KiB random write in place, depth 16, three bitmaps", 2.0,
         Load("randwrite", 4 * KIB, 16), "recording", writable=True,
+    ),
+    _fio(
+        "randwrite-read", "the same, of an image that has just been read in sequence", 2.0,
+        Load("randwrite", 4 * KIB, 16), "recording", writable=True, reread=True,
     ),
     _fio(
         "mixed", "70/30 4 KiB random, four connections, depth 32", 1.3,
