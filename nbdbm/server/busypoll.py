@@ -11,6 +11,7 @@ sends many at a time is not waited for, but what it has sent meanwhile is taken 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -102,6 +103,76 @@ class BusyPoll:
         """Nothing came, or nobody is to be waited for awake: sleep."""
         self.going_on = False
         self._slept = self._clock()
+
+
+class Awake:
+    """Goes on with one connection past the event loop, while that does not hold up anybody else.
+
+    Args:
+        poll: asks the socket.
+        get_buffer: where the next bytes belong.
+        serve: acts on so many received bytes; how many requests that were if all of them are answered and
+            sent and nothing else is to be done for the connection, else less than 0.
+        may: whether nobody else has to wait for the event loop meanwhile.
+        failed: ends the connection after an exception (a bug) that nobody else would notice.
+    """
+
+    __slots__ = ("_failed", "_get_buffer", "_loop", "_may", "_poll", "_serve")
+
+    def __init__(
+        self,
+        poll: BusyPoll,
+        get_buffer: Callable[[], memoryview],
+        serve: Callable[[int], int],
+        may: Callable[[], bool],
+        failed: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._poll = poll
+        self._get_buffer = get_buffer
+        self._serve = serve
+        self._may = may
+        self._failed = failed
+
+    def go_on(self, served: int) -> None:
+        """So many requests have just been answered in a turn of the event loop, and nothing is left to do."""
+        if not self._may():
+            return
+        if served > 1:
+            self._take_more()
+        elif self._poll.begin():
+            self._stay()
+
+    def _take_more(self) -> None:
+        """Answer what has come while the requests before it were answered."""
+        self._poll.resume()
+        while count := self._poll.receive_now(self._get_buffer):
+            if self._serve(count) < 0:
+                return
+
+    def _stay(self) -> None:
+        """Answer requests that come one by one without going back to the event loop for each."""
+        poll = self._poll
+        while count := poll.receive(self._get_buffer):
+            if not 0 <= self._serve(count) <= 1:
+                # It waits for something, or several came at once: this client need not be waited for.
+                poll.stop()
+                return
+        if poll.going_on:
+            self._loop.call_soon(self._stay_on)
+
+    def _stay_on(self) -> None:
+        """The event loop has looked after everybody else, without sleeping."""
+        if not self._may():
+            self._poll.stop()
+            return
+        self._poll.resume()
+        try:
+            self._stay()
+        except BaseException:
+            # Where the transport has called us it ends the connection.
+            self._failed()
+            raise
 
 
 def processors() -> int:

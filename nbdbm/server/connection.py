@@ -14,7 +14,7 @@ import logging
 import socket
 from collections import deque
 from functools import partial
-from time import monotonic, perf_counter_ns
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from nbdbm.errors import NbdError
@@ -28,7 +28,7 @@ from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
 from nbdbm.server.account import Account
 from nbdbm.server.ahead import StatusAhead
-from nbdbm.server.busypoll import BusyPoll
+from nbdbm.server.busypoll import Awake, BusyPoll
 from nbdbm.server.dispatch import NAMES, Context, answer, cost
 from nbdbm.server.farewell import part
 from nbdbm.server.fastpath import FastPath
@@ -99,7 +99,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Answers what it can before anything of the below begins; needs the socket itself."""
         self._misses: Misses | None = None
         """Reads that it will answer once their data has come."""
-        self._poll: BusyPoll | None = None
+        self._awake: Awake | None = None
         self._status_ahead: StatusAhead | None = None
         self._ahead: list[Event] = []
         """What it has not looked at yet, because the client does not take replies or its turn was over."""
@@ -134,15 +134,18 @@ class NbdConnection(asyncio.BufferedProtocol):
         return self._protocol.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
+        served = self._serve(nbytes)
+        if served > 0 and self._awake is not None:
+            self._awake.go_on(served)
+
+    def _serve(self, nbytes: int) -> int:
+        """Act on what was received: how many events that were, or -1 if something is left to be done."""
         events = self._protocol.buffer_updated(nbytes)
-        idle = self._act_on(events)
-        if idle and (ahead := self._status_ahead) is not None and ahead.wanted:
+        if not self._act_on(events):
+            return -1
+        if (ahead := self._status_ahead) is not None and ahead.wanted:
             ahead.work()
-        if idle and events and (poll := self._poll) and self._may_stay_awake:
-            if len(events) > 1:
-                self._take_more(poll)
-            elif poll.begin():
-                self._stay_awake(poll)
+        return len(events)
 
     def _act_on(self, events: list[Event]) -> bool:
         """Act on events; whether all is answered and sent already, and nothing else to be done."""
@@ -166,7 +169,6 @@ class NbdConnection(asyncio.BufferedProtocol):
         left = self._ahead or self._waiting or self._outbox.unsent or self._ended
         return not (left or self._protocol.queued or self._protocol.starved)
 
-    @property
     def _may_stay_awake(self) -> bool:
         """Whether nobody else has to wait for the event loop meanwhile."""
         return self._server.alone and not (
@@ -177,40 +179,6 @@ class NbdConnection(asyncio.BufferedProtocol):
     def _begin_at_once(self) -> int:
         """How many commands may begin the general way in this turn."""
         return MAX_REQUESTS if self._server.alone else BEGIN_AT_ONCE
-
-    def _take_more(self, poll: BusyPoll) -> None:
-        """Answer what has come while the requests before it were answered, past the event loop."""
-        poll.resume()
-        while count := poll.receive_now(self._protocol.get_buffer):
-            if not self._act_on(self._protocol.buffer_updated(count)):
-                return
-
-    def _stay_awake(self, poll: BusyPoll) -> None:
-        """Answer requests that come one by one without going back to the event loop for each."""
-        while count := poll.receive(self._protocol.get_buffer):
-            events = self._protocol.buffer_updated(count)
-            if not self._act_on(events) or len(events) > 1:
-                # It waits for something, or several came at once: this client need not be waited for.
-                poll.stop()
-                return
-            if (ahead := self._status_ahead) is not None and ahead.wanted:
-                ahead.work()
-        if poll.going_on:
-            self._loop.call_soon(self._stay_awake_again, poll)
-
-    def _stay_awake_again(self, poll: BusyPoll) -> None:
-        """The event loop has looked after everybody else, without sleeping."""
-        if not self._may_stay_awake:
-            poll.stop()
-            return
-        poll.resume()
-        try:
-            self._stay_awake(poll)
-        except BaseException:
-            # A bug: this connection ends, as it does where the transport has called us.
-            self.account.end(Ending.FAILED)
-            self.abort()
-            raise
 
     def _serve_ahead(self, fast: FastPath) -> None:
         """Let the fast path answer what it can, as long as the client takes it."""
@@ -339,6 +307,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         self.account.end(Ending.TIME_OUT, why)
         self.abort()
 
+    def _fail(self) -> None:
+        """A bug: this connection ends, as it does where the transport has called us."""
+        self.account.end(Ending.FAILED)
+        self.abort()
+
     def abort(self) -> None:
         """Close now, whatever is unsent."""
         if self._transport is not None:
@@ -423,7 +396,13 @@ class NbdConnection(asyncio.BufferedProtocol):
             )
             self._status_ahead = ahead
             if self._server.busy_poll and sock is not None:
-                self._poll = BusyPoll(sock, self._server.busy_poll)
+                self._awake = Awake(
+                    BusyPoll(sock, self._server.busy_poll),
+                    self._protocol.get_buffer,
+                    self._serve,
+                    self._may_stay_awake,
+                    self._fail,
+                )
         return events
 
     def _start_tls(self) -> None:
@@ -518,24 +497,14 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _arrived(self) -> None:
         """The data of a read has come."""
+        misses = cast(Misses, self._misses)
         if self._lost:
-            cast(Misses, self._misses).drop()
+            misses.drop()
             self._forget_if_over()
+        elif self._server.alone:
+            self._schedule_pump()  # more may have come in the same turn of the loop
         else:
-            misses = cast(Misses, self._misses)
-            if self._server.alone:
-                self._schedule_pump()  # more may have come in the same turn of the loop
-            elif not misses.awaited_since:
-                misses.awaited_since = perf_counter_ns()
-                self._loop.call_soon(self._await_calm, misses)
-
-    def _await_calm(self, misses: Misses) -> None:
-        """Answer reads whose data has come, once those had their turns who ask for what was there."""
-        if not (self._lost or misses.calm.reigns(misses.awaited_since)):
-            self._loop.call_soon(self._await_calm, misses)
-            return
-        misses.awaited_since = 0
-        self._pump()
+            misses.await_calm(self._loop, self._pump)
 
     def _await_turn(self) -> None:
         if not self._turn_awaited:
@@ -552,9 +521,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._take(self._protocol.go_on())
             self._pump()
         except BaseException:
-            # A bug: this connection ends, as it does where the transport has called us.
-            self.account.end(Ending.FAILED)
-            self.abort()
+            self._fail()
             raise
         self._had += monotonic() - began
 

@@ -6,6 +6,7 @@ is done as if it came only then (fastpath.py). So what was written and acknowled
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
@@ -87,6 +88,19 @@ class Misses:
         for _ in self.arrived:
             self.finish()
         self.arrived.clear()
+
+    def await_calm(self, loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+        """Let those have their turns who ask for what was there, then call ``then``; once for all calls."""
+        if not self.awaited_since:
+            self.awaited_since = perf_counter_ns()
+            loop.call_soon(self._look, loop, then)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, then: Callable[[], None]) -> None:
+        if self.arrived and not self.calm.reigns(self.awaited_since):
+            loop.call_soon(self._look, loop, then)
+            return
+        self.awaited_since = 0
+        then()
 
     def _told(self, about: tuple[Read, int], what: int) -> None:
         self.arrived.append((*about, what))
