@@ -79,6 +79,8 @@ class ServerProtocol(Receiver):
         in_turns: whether options wait until ``go_on`` is called, once for each and for each part of a long
             answer: many clients, together, would otherwise keep everybody else waiting. Not all of an answer
             is in memory then.
+        lend: see ``Requests``: an event of a WRITE may have to be ``owned`` before the next receive, by any
+            connection that shares the scratch.
     """
 
     __slots__ = (
@@ -87,6 +89,7 @@ class ServerProtocol(Receiver):
         "_allocate",
         "_handshake",
         "_in_turns",
+        "_lend",
         "_limits",
         "_option",
         "_option_data",
@@ -116,8 +119,10 @@ class ServerProtocol(Receiver):
         refused: Callable[[int, NbdErrno], None] | None = None,
         tls: TlsMode = TlsMode.OFF,
         in_turns: bool = False,
+        lend: bool = False,
     ) -> None:
         super().__init__(scratch)
+        self._lend = lend
         self._most = RECEIVE_FIRST
         if in_turns:
             self._room = HANDSHAKE_ROOM
@@ -373,6 +378,7 @@ class ServerProtocol(Receiver):
             refuse=self._refuse_request,
             answer_empty=self._answer_empty,
             trace=self._log_request if self._trace else None,
+            lend=self._lend,
         )
         self._become(State.TRANSMISSION)
         return self._resume()

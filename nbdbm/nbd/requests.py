@@ -54,6 +54,13 @@ class Rest(NamedTuple):
     """Where it is received (a WRITE's); or how the request is answered once it was thrown away."""
 
 
+def owned(event: Event) -> Event:
+    """The event, without anything that lies in the scratch."""
+    if type(event) is Write and len(event.data) <= SMALL_BODY and type(event.data.obj) is not bytes:
+        return event._replace(data=memoryview(bytes(event.data)))
+    return event
+
+
 class Requests:
     """The requests of one connection.
 
@@ -65,6 +72,8 @@ class Requests:
         refuse: answers a request with an error.
         answer_empty: answers one that is about no bytes with success.
         trace: logs a request.
+        lend: the data of small WRITEs stays in the scratch: whoever keeps such an event beyond the next
+            receive keeps ``owned`` of it.
     """
 
     __slots__ = (
@@ -72,6 +81,7 @@ class Requests:
         "_answer_empty",
         "_inline",
         "_judge",
+        "_lend",
         "_limits",
         "_magic",
         "_negotiated",
@@ -93,6 +103,7 @@ class Requests:
         refuse: Callable[[Request, Refusal], None],
         answer_empty: Callable[[Request], None],
         trace: Callable[[Request], None] | None,
+        lend: bool = False,
     ) -> None:
         self.rest: Rest | None = None
         """What the next bytes are, if they are not a request."""
@@ -104,6 +115,7 @@ class Requests:
         self._refuse = refuse
         self._answer_empty = answer_empty
         self._trace = trace
+        self._lend = lend
         self._judge = Judge(negotiated)
         self._magic = EXTENDED_REQUEST_MAGIC if negotiated.extended else REQUEST_MAGIC
         head = EXTENDED_REQUEST if negotiated.extended else REQUEST
@@ -126,7 +138,7 @@ class Requests:
         # The common requests are judged in line, by the rules that Judge has for them; whatever is
         # not plain goes the general way.
         unpack, head, size, maximum, small, payload_len = self._inline
-        view, origins, contexts = self._view, self._origins, self._negotiated.contexts
+        view, origins, contexts, lend = self._view, self._origins, self._negotiated.contexts, self._lend
         while end - at >= head:
             magic, flags, command, cookie, offset, length = unpack(view, at)
             if magic != self._magic:
@@ -146,7 +158,7 @@ class Requests:
                     at = start + length
                     if origins is not None:
                         origins.note(cookie, offset)
-                    data = memoryview(bytes(view[start:at]))
+                    data = view[start:at] if lend else memoryview(bytes(view[start:at]))
                     events.append(_new(Write, (cookie, offset, data, _NO_FLAGS)))
                     continue
                 elif command == _BLOCK_STATUS and length and contexts and not flags:

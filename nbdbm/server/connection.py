@@ -24,6 +24,7 @@ from nbdbm.nbd.constants import NbdErrno
 from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested, StartTls
 from nbdbm.nbd.handshake import TlsMode
 from nbdbm.nbd.protocol import ServerProtocol
+from nbdbm.nbd.requests import owned
 from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
 from nbdbm.server.account import Account
@@ -88,6 +89,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             refused=self.account.refused,
             tls=TlsMode.OFF if server.tls is None else server.tls.mode,
             in_turns=True,
+            lend=True,
         )
         self._transport: asyncio.Transport | None = None
         self._lease: Lease | None = None
@@ -166,6 +168,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._take([events.pop()])
         self._ahead = self._ahead + events if self._ahead else events
         self._serve_ahead(self._fast)
+        if self._ahead:
+            self._ahead = [owned(event) for event in self._ahead]
         left = self._ahead or self._waiting or self._outbox.unsent or self._ended
         return not (left or self._protocol.queued or self._protocol.starved)
 
@@ -190,7 +194,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             # Too many clients that take nothing: one command at a time.
             left, self._ahead, unsent = self._ahead, [], b""
         for event in left:
-            command = cast(Command, event)
+            command = cast(Command, owned(event))
             self._waiting.append((cost(command), command))
         if unsent:
             self._outbox.unsent.append(unsent)
@@ -337,7 +341,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                     )
                     self._ended = True
                 elif not self._ended:
-                    self._waiting.append((cost(event), event))
+                    command = cast(Command, owned(event))
+                    self._waiting.append((cost(command), command))
             events = following
 
     async def _open(self, name: str) -> None:

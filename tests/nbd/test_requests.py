@@ -25,9 +25,12 @@ from nbdbm.nbd.events import (
 )
 from nbdbm.nbd.handshake import HeaderStyle, State
 from nbdbm.nbd.limits import Limits
+from nbdbm.nbd.protocol import ServerProtocol
 from nbdbm.nbd.receiver import SMALL_BODY
-from nbdbm.nbd.requests import FLAGS
-from tests.support.pair import COARSE, CONTEXTS, DISK, HUGE, SCRATCH, events_without_data
+from nbdbm.nbd.requests import FLAGS, owned
+from tests.support.options import FLAGS as CLIENT_FLAGS
+from tests.support.options import info_data, opt
+from tests.support.pair import COARSE, CONTEXTS, DISK, HUGE, SCRATCH, ListCatalog, events_without_data
 from tests.support.transmission import (
     CHUNKED,
     EXTENDED,
@@ -458,3 +461,22 @@ def test_garbage_in_transmission_never_raises(style: HeaderStyle, garbage: bytes
     events += protocol.receive_eof()
     assert isinstance(events[-1], Disconnected)
     assert protocol.receive_data(garbage) == []
+
+
+def test_data_that_is_lent_is_the_scratch_until_it_is_owned() -> None:
+    lending = ServerProtocol(ListCatalog(SCRATCH), lend=True)
+    lending.receive_data(CLIENT_FLAGS + opt(7, info_data(SCRATCH.name)))
+    lending.accept(SCRATCH)
+    first, _, read = lending.receive_data(
+        request(SIMPLE, Cmd.WRITE, 1, 0, 4, data=b"aaaa")
+        + request(SIMPLE, Cmd.WRITE, 2, 0, 4, data=b"bbbb")
+        + request(SIMPLE, Cmd.READ, 3, 0, 4)
+    )
+    assert isinstance(first, Write)
+    kept = owned(first)
+    assert isinstance(kept, Write) and kept == first
+    assert owned(kept) is kept and owned(read) is read
+    lending.receive_data(request(SIMPLE, Cmd.WRITE, 4, 0, 4, data=b"cccc"))
+    assert bytes(first.data) == b"cccc" and bytes(kept.data) == b"aaaa"
+    large = Write(1, 0, memoryview(bytearray(SMALL_BODY + 1)), NONE)
+    assert owned(large) is large
