@@ -66,6 +66,8 @@ def split(fd: int, start: int, length: int) -> bool:
         OSError, ValueError: the kernel does not know how, or the file is no longer that long.
     """
     clean = True
+    # The mapping has a descriptor of its own until it is closed. The image locks stay: they belong to
+    # what both share, and do not end with any one of them.
     with mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start) as region:
         for at in range(0, length, PIECE):
             cached, dirty = page(fd, start + at)
