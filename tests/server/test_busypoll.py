@@ -184,17 +184,22 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
     return Counting
 
 
+CONNECTED = (
+    "import socket, struct, sys\n"
+    "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+    "f = s.makefile('rwb'); f.read(18)\n"
+    "f.write(struct.pack('>IQIIIH', 3, 0x49484156454F5054, 7, 6, 0, 0)); f.flush()\n"
+    "while True:\n"
+    "    _, _, kind, length = struct.unpack('>QIII', f.read(20)); f.read(length)\n"
+    "    if kind == 1: break\n"
+    "content = bytes(range(256)) * 16\n"
+)
+"""How a client of another process begins: ``f`` is in transmission."""
+
+
 async def in_another_process(path: str, count: int) -> None:
     """``count`` reads one by one by a client that does not need our event loop to go on."""
-    script = (
-        "import socket, struct, sys\n"
-        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
-        "f = s.makefile('rwb'); f.read(18)\n"
-        "f.write(struct.pack('>IQIIIH', 3, 0x49484156454F5054, 7, 6, 0, 0)); f.flush()\n"
-        "while True:\n"
-        "    _, _, kind, length = struct.unpack('>QIII', f.read(20)); f.read(length)\n"
-        "    if kind == 1: break\n"
-        "content = bytes(range(256)) * 16\n"
+    script = CONNECTED + (
         "for cookie in range(int(sys.argv[2])):\n"
         "    f.write(struct.pack('>IHHQQI', 0x25609513, 0, 0, cookie, cookie % 9 * 4096, 4096)); f.flush()\n"
         "    assert f.read(16) == struct.pack('>IIQ', 0x67446698, 0, cookie)\n"
@@ -283,15 +288,7 @@ def test_processors() -> None:
 
 async def many_at_a_time(path: str, rounds: int) -> None:
     """Thirty-two reads under way, always, by a client that does not need our event loop to go on."""
-    script = (
-        "import socket, struct, sys\n"
-        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
-        "f = s.makefile('rwb'); f.read(18)\n"
-        "f.write(struct.pack('>IQIIIH', 3, 0x49484156454F5054, 7, 6, 0, 0)); f.flush()\n"
-        "while True:\n"
-        "    _, _, kind, length = struct.unpack('>QIII', f.read(20)); f.read(length)\n"
-        "    if kind == 1: break\n"
-        "content = bytes(range(256)) * 16\n"
+    script = CONNECTED + (
         "def ask(n): f.write(struct.pack('>IHHQQI', 0x25609513, 0, 0, n, n % 9 * 4096, 4096)); f.flush()\n"
         "for n in range(32): ask(n)\n"
         "for n in range(32, int(sys.argv[2])):\n"
