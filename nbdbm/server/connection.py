@@ -1,6 +1,6 @@
 """One client: bytes in, commands out to dispatch, replies back, never more in memory than the limits allow.
 
-    transport -> get_buffer/buffer_updated -> core -> events -> waiting -> (holdings) -> dispatch.answer
+    transport -> get_buffer/buffer_updated -> core -> events -> backlog -> (holdings) -> dispatch.answer
     transport <- outbox                    <- core <- reply_*                        <-'
 
 Reading pauses while commands wait for the limits, and no command starts while the transport still has
@@ -12,13 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections import deque
-from functools import partial
-from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from nbdbm.errors import NbdError
-from nbdbm.inline import run_inline
 from nbdbm.metrics import Ending
 from nbdbm.nbd.constants import NbdErrno
 from nbdbm.nbd.events import Command, Disconnected, Event, ExportWanted, GoRequested, StartTls
@@ -29,25 +25,22 @@ from nbdbm.peer import UNKNOWN, Peer
 from nbdbm.registry import Lease, Refused
 from nbdbm.server.account import Account
 from nbdbm.server.ahead import StatusAhead
+from nbdbm.server.backlog import Backlog
 from nbdbm.server.busypoll import Awake, BusyPoll
-from nbdbm.server.dispatch import NAMES, Context, answer, cost
+from nbdbm.server.dispatch import NAMES, Context
 from nbdbm.server.farewell import part
 from nbdbm.server.fastpath import FastPath
 from nbdbm.server.holdings import MAX_REQUESTS, Holdings
 from nbdbm.server.listener import silence
 from nbdbm.server.misses import Misses
 from nbdbm.server.outbox import Outbox
+from nbdbm.server.turns import Place
 from nbdbm.tunnel import Tunnel
 
 if TYPE_CHECKING:
     from nbdbm.server.server import Server
 
 log = logging.getLogger(__name__)
-
-BATCH_BYTES = 256 * 1024
-"""Replies gathered before they are sent, bytes: further commands start when these are on their way, so the
-client works on the one while we work on the other, and other connections get their turn. Of 1 MiB, four
-reads of 256 KiB were served at half the rate, since client and server took turns."""
 
 BEGIN_AT_ONCE = 2
 """Commands that are begun the general way in one turn of the event loop while there are other clients. One
@@ -65,8 +58,8 @@ answered, and that does not take the last replies."""
 class NbdConnection(asyncio.BufferedProtocol):
     """The server's end of one connection.
 
-    Owns the tasks of its commands; they are never cancelled while the loop lives, since a command that
-    has started may be changing metadata. The server is told by ``forget`` once nothing of it is left.
+    The server is told by ``forget`` once nothing of it is left, which is when all commands that have begun
+    have ended.
     """
 
     def __init__(self, server: Server, sock: socket.socket | None = None, peer: Peer = UNKNOWN) -> None:
@@ -96,7 +89,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Of the export last asked about, or the one that is used; kept until nothing of us is left."""
         self._opening: asyncio.Task[None] | None = None
         """The handshake waits for an export to be opened."""
-        self._context: Context | None = None
+        self._backlog = Backlog(self._holdings, self._outbox, self._command_finished, self._fail)
+        """What the below leaves to the general way."""
         self._fast: FastPath | None = None
         """Answers what it can before anything of the below begins; needs the socket itself."""
         self._misses: Misses | None = None
@@ -107,18 +101,13 @@ class NbdConnection(asyncio.BufferedProtocol):
         """What it has not looked at yet, because the client does not take replies or its turn was over."""
         self._handshake: asyncio.TimerHandle | None = None
         self._linger: asyncio.TimerHandle | None = None
-        self._waiting: deque[tuple[int, Command]] = deque()
-        """Commands not started yet, each with its cost: what one receive brought beyond the limits."""
-        self._tasks: set[asyncio.Task[None]] = set()
         self._paused = False
         self._ended = False
         """Nothing more is read."""
         self._lost = False
         self._pump_scheduled = False
-        self._turn_awaited = False
-        """Its handshake waits for its turn in the rota."""
-        self._had = 0.0
-        """Seconds of the turns that it has had."""
+        self._place = Place(server.rota, self._go_on)
+        """Where its handshake waits for its turn."""
 
     # -- callbacks of the transport
 
@@ -156,7 +145,7 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._holdings.drop_payload()
             return not self._holdings.running
         self._pump(served=True)
-        left = self._ahead or self._waiting or self._holdings.running or self._outbox.full
+        left = self._ahead or self._backlog.waiting or self._holdings.running or self._outbox.full
         return not (left or self._ended)
 
     def _answered_now(self, events: list[Event]) -> bool:
@@ -170,7 +159,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._serve_ahead(self._fast)
         if self._ahead:
             self._ahead = [owned(event) for event in self._ahead]
-        left = self._ahead or self._waiting or self._outbox.unsent or self._ended
+        left = self._ahead or self._backlog.waiting or self._outbox.unsent or self._ended
         return not (left or self._protocol.queued or self._protocol.starved)
 
     def _may_stay_awake(self) -> bool:
@@ -194,8 +183,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             # Too many clients that take nothing: one command at a time.
             left, self._ahead, unsent = self._ahead, [], b""
         for event in left:
-            command = cast(Command, owned(event))
-            self._waiting.append((cost(command), command))
+            self._backlog.add(cast(Command, owned(event)))
         if unsent:
             self._outbox.unsent.append(unsent)
             self._holdings.queue(len(unsent))
@@ -206,7 +194,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             return
         left, unsent = fast.serve_arrived(self._begin_at_once)
         for read in left:
-            self._waiting.append((cost(read), read))
+            self._backlog.add(read)
         if unsent:
             self._outbox.unsent.append(unsent)
             self._holdings.queue(len(unsent))
@@ -238,7 +226,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._lost = self._ended = True
         part(self._wire)
         self._protocol.receive_eof()
-        self._waiting.clear()
+        self._backlog.take_back()
         self._ahead.clear()
         self._holdings.await_nothing()
         self._holdings.drop_payload()
@@ -263,7 +251,7 @@ class NbdConnection(asyncio.BufferedProtocol):
     @property
     def running(self) -> int:
         """Commands begun, or waiting to be, and not answered."""
-        return self._holdings.running + len(self._waiting) + len(self._ahead)
+        return self._holdings.running + len(self._backlog.waiting) + len(self._ahead)
 
     @property
     def held(self) -> int:
@@ -281,14 +269,13 @@ class NbdConnection(asyncio.BufferedProtocol):
         self.account.end(ending, why)
         text = why or "the server is shutting down"
         self._ended = True
-        commands = [command for _, command in self._waiting] + [cast(Command, each) for each in self._ahead]
-        self._waiting.clear()
+        commands = self._backlog.take_back() + [cast(Command, each) for each in self._ahead]
         self._ahead.clear()
         self._holdings.await_nothing()
         self._holdings.drop_payload()
         for command in commands:
-            assert self._context is not None
-            self._context.tally.commands[NAMES[type(command)]].refuse(NbdErrno.ESHUTDOWN.name)
+            assert self._backlog.context is not None
+            self._backlog.context.tally.commands[NAMES[type(command)]].refuse(NbdErrno.ESHUTDOWN.name)
             self._protocol.reply_error(command.cookie, NbdErrno.ESHUTDOWN, text)
         self._pump()
 
@@ -341,8 +328,7 @@ class NbdConnection(asyncio.BufferedProtocol):
                     )
                     self._ended = True
                 elif not self._ended:
-                    command = cast(Command, owned(event))
-                    self._waiting.append((cost(command), command))
+                    self._backlog.add(cast(Command, owned(event)))
             events = following
 
     async def _open(self, name: str) -> None:
@@ -388,7 +374,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         sock = self._outbox.socket
         outlet = None if self._protocol.traced else sock or self._outbox.tunnel
         ahead = None if outlet is None else StatusAhead.of(export, self._protocol)
-        self._context = Context(
+        self._backlog.context = Context(
             export, self._protocol, self._server.buffers, self._holdings.sent, tally, ahead, self.peer
         )
         events = self._protocol.accept(export.info)
@@ -465,16 +451,16 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._lost:
             return
         starved = self._protocol.starved
-        if starved and not self._waiting and self._holdings.has_room(starved):
+        if starved and not self._backlog.waiting and self._holdings.has_room(starved):
             self._take(self._protocol.feed())
         if self._fast is not None:
             if self._misses is not None and self._misses.arrived and not self._misses.awaited_since:
                 self._serve_arrived(self._fast)
             if self._ahead and not served:
                 self._serve_ahead(self._fast)
-        self._start_waiting()
+        self._backlog.begin(self._begin_at_once, self._protocol.receiving)
         self._send()
-        if self._ahead or self._waiting:
+        if self._ahead or self._backlog.waiting:
             if self._may_go_on():
                 self._schedule_pump()
             self._pause()
@@ -484,7 +470,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         elif self._protocol.unfinished:
             self._pause()
             if not self._outbox.full:
-                self._await_turn()
+                self._place.ask()
         elif self._protocol.starved:
             self._pause()
             self._holdings.await_room(self._protocol.starved)
@@ -492,7 +478,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._pause()
         else:
             self._read_on()
-        if not (self._waiting or self._ahead):
+        if not (self._backlog.waiting or self._ahead):
             if self._holdings.payload and not self._protocol.receiving and self._opening is None:
                 self._holdings.drop_payload()  # the fast path has answered it, or it was an option's
             if not self._protocol.starved:
@@ -511,72 +497,29 @@ class NbdConnection(asyncio.BufferedProtocol):
         else:
             misses.await_calm(self._loop, self._pump)
 
-    def _await_turn(self) -> None:
-        if not self._turn_awaited:
-            self._turn_awaited = True
-            self._server.rota.add(self._had, self._have_turn)
-
-    def _have_turn(self) -> None:
+    def _go_on(self) -> None:
         """The handshake goes on by one step."""
-        self._turn_awaited = False
         if self._lost or self._ended or self._outbox.full:
             return  # once the client takes what there is, it is asked for anew
-        began = monotonic()
         try:
             self._take(self._protocol.go_on())
             self._pump()
         except BaseException:
             self._fail()
             raise
-        self._had += monotonic() - began
 
     def _may_go_on(self) -> bool:
         """Whether something waits for nothing but its turn."""
         if self._ahead and not self._outbox.full:
             return True
-        return bool(self._waiting) and self._may_start(*self._waiting[0])
+        return self._backlog.may_begin(self._protocol.receiving)
 
     def _schedule_pump(self) -> None:
         if not self._pump_scheduled:
             self._pump_scheduled = True
             self._loop.call_soon(self._pump)
 
-    def _start_waiting(self) -> None:
-        waiting, context, holdings = self._waiting, self._context, self._holdings
-        queued = holdings.answered
-        begun, most = 0, self._begin_at_once
-        while (
-            waiting
-            and begun < most
-            and holdings.answered - queued < BATCH_BYTES
-            and self._may_start(*waiting[0])
-        ):
-            assert context is not None  # commands follow a GO
-            price, command = waiting.popleft()
-            begun += 1
-            holdings.begin(price, command, self._protocol.receiving)
-            try:
-                task = run_inline(answer(command, context), self._loop)
-            except BaseException:
-                # A bug: this connection ends, its accounts must not keep it alive.
-                holdings.finish(price)
-                raise
-            if task is None:
-                holdings.finish(price)
-            else:
-                self._tasks.add(task)
-                task.add_done_callback(partial(self._finished, price))
-
-    def _may_start(self, price: int, command: Command) -> bool:
-        return not self._outbox.blocked and self._holdings.may_begin(price, command, self._protocol.receiving)
-
-    def _finished(self, price: int, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._holdings.finish(price)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a request's task failed", exc_info=error)
-            self.account.end(Ending.FAILED)
-            self.abort()
+    def _command_finished(self) -> None:
         if self._lost:
             self._forget_if_over()
         else:

@@ -60,3 +60,28 @@ class Rota:
                 heapq.heappop(self._waiting)[2]()
         finally:
             self._schedule()
+
+
+class Place:
+    """One's place in a rota, for work that goes on by one ``step`` in each turn."""
+
+    __slots__ = ("_awaited", "_had", "_rota", "_step")
+
+    def __init__(self, rota: Rota, step: Callable[[], None]) -> None:
+        self._rota = rota
+        self._step = step
+        self._awaited = False
+        self._had = 0.0
+        """Seconds of the turns that it has had."""
+
+    def ask(self) -> None:
+        """Have a turn, one for all who ask before it comes."""
+        if not self._awaited:
+            self._awaited = True
+            self._rota.add(self._had, self._turn)
+
+    def _turn(self) -> None:
+        self._awaited = False
+        began = time.monotonic()
+        self._step()
+        self._had += time.monotonic() - began

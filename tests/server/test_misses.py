@@ -128,7 +128,7 @@ def test_they_wait_without_a_task_and_hold_up_nobody(
         one = only(server)
         replies = await ask(client, spread(100), style)
         await until(lambda: len(disk.waiting) == 100)
-        assert one.running == 100 and not one._tasks
+        assert one.running == 100 and not one._backlog._tasks
         assert 0 < one.held == server.budget.used <= 100 * KIB
         # Another one's hits are answered meanwhile.
         disk.missing = False

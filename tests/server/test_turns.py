@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from nbdbm.server import turns
-from nbdbm.server.turns import Rota, Turns
+from nbdbm.server.turns import Place, Rota, Turns
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0.0, 0), (0.0005, 2), (0.01, 10)])
@@ -75,5 +75,38 @@ def test_the_rota_prefers_those_who_had_little_and_ends_its_turns(monkeypatch: p
         while len(log) < 12:  # noqa: ASYNC110  the loop's turns are what is tested
             await asyncio.sleep(0)
         assert set(log[6:]) == {"greedy"}
+
+    asyncio.run(main())
+
+
+def test_a_place_has_one_turn_for_all_who_ask_and_counts_what_it_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(turns.time, "monotonic", lambda: now)
+
+    async def main() -> None:
+        rota, log = Rota(), []
+
+        def step(name: str, took: float) -> None:
+            nonlocal now
+            now += took
+            log.append(name)
+            if len(log) < 5:
+                places[name].ask()
+
+        places = {
+            "greedy": Place(rota, lambda: step("greedy", turns.TURN)),
+            "modest": Place(rota, lambda: step("modest", turns.TURN / 100)),
+        }
+        for _ in range(3):
+            places["greedy"].ask()
+        await asyncio.sleep(0)
+        assert log == ["greedy"]
+        places["modest"].ask()
+        for _ in range(9):
+            await asyncio.sleep(0)
+        # What it asks for within a turn, it asks for with the time that it had before that.
+        assert log[:5] == ["greedy"] * 2 + ["modest"] * 3
 
     asyncio.run(main())
