@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 from nbdbm.extents import ExtentList
 from nbdbm.nbd.catalog import Catalog, ExportInfo
-from nbdbm.nbd.constants import IHAVEOPT, Cmd, CmdFlag, NbdErrno, Opt, Rep
+from nbdbm.nbd.constants import Cmd, CmdFlag, NbdErrno, Rep
 from nbdbm.nbd.events import BlockStatus, Disconnected, Event, ExportWanted, GoRequested, StartTls
 from nbdbm.nbd.handshake import (
     TRANSITIONS,
@@ -31,24 +30,14 @@ from nbdbm.nbd.handshake import (
     TlsMode,
 )
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
-from nbdbm.nbd.messages import (
-    CLIENT_FLAGS,
-    OPTION,
-    OPTION_REPLY,
-    OptionReply,
-    OptionRequest,
-    Request,
-    reply_text,
-)
+from nbdbm.nbd.messages import CLIENT_FLAGS, OPTION, OptionRequest, Request, reply_text
+from nbdbm.nbd.options import Options
 from nbdbm.nbd.receiver import SMALL_BODY, Receiver
 from nbdbm.nbd.requests import Body, Goodbye, Requests
 from nbdbm.nbd.transmission import REPLIES, Chunks, Origins, Output, Refusal, ReplyBuilder
 
 HANDSHAKE_ROOM = OPTION.size + SMALL_BODY
 """Bytes received at once in a handshake ``in_turns``: an option. What nobody answers yet is kept."""
-
-REPLIES_AT_ONCE = 64
-"""Of a long answer to an option, in one turn: a quarter of a millisecond, and 64 KiB of the longest names."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,29 +73,21 @@ class ServerProtocol(Receiver):
     """
 
     __slots__ = (
-        "_admitted",
         "_after_skip",
         "_allocate",
-        "_handshake",
-        "_in_turns",
         "_lend",
         "_limits",
-        "_option",
-        "_option_data",
+        "_options",
         "_origins",
         "_out",
-        "_pipelined",
-        "_queued",
         "_refused",
         "_replies",
         "_requests",
         "_trace",
-        "_turn",
         "_write",
         "negotiated",
         "starved",
         "state",
-        "unfinished",
     )
 
     def __init__(
@@ -126,11 +107,6 @@ class ServerProtocol(Receiver):
         self._most = RECEIVE_FIRST
         if in_turns:
             self._room = HANDSHAKE_ROOM
-        self._in_turns = in_turns
-        self._turn = False
-        """The next option may be answered."""
-        self.unfinished = False
-        """An option, or part of an answer, waits for ``go_on``; receive nothing until it does not."""
         self._allocate = allocate
         self._refused = refused
         self.state = State.CLIENT_FLAGS
@@ -142,20 +118,17 @@ class ServerProtocol(Receiver):
         self._limits = limits
         self._trace = logger.isEnabledFor(logging.DEBUG)
         self._out: Output = []
-        self._queued = 0
-        """Bytes of option replies in ``_out``."""
-        self._pipelined = 0
-        """Options answered since ``data_to_send``."""
-        self._handshake: Handshake | None = Handshake(catalog, limits, tls)
+        self._options: Options | None = Options(
+            Handshake(catalog, limits, tls),
+            limits,
+            self._view,
+            allocate=self._payload_buffer,
+            in_turns=in_turns,
+            trace=logger.debug if self._trace else None,
+        )
         """Dropped when transmission begins: a connection lives long and should weigh little."""
         self._after_skip: tuple[OptionRequest, Rep] | tuple[Request, Refusal] | None = None
         """What to answer once the bytes being thrown away are gone."""
-        self._option: OptionRequest | None = None
-        """The option whose data is the body under way."""
-        self._option_data: memoryview | None = None
-        """These data, complete, if the option waits for its turn."""
-        self._admitted = False
-        """The next option was let in and only lacks a buffer for its data."""
         self._write: Request | None = None
         """The WRITE whose payload is the body under way."""
         # From here on: set by accept().
@@ -163,7 +136,7 @@ class ServerProtocol(Receiver):
         self._replies = REPLIES[HeaderStyle.SIMPLE]
         self._origins: Origins | None = None
         """Extended headers: the offset of each request that awaits its reply."""
-        self._take_option_replies(self._handshake)
+        self._out += self._options.take_replies()
 
     # What is known
 
@@ -188,7 +161,12 @@ class ServerProtocol(Receiver):
     @property
     def receiving(self) -> bool:
         """Whether a payload is coming in, or an option's data, into the buffer that ``allocate`` gave."""
-        return self._write is not None or self._option is not None
+        return self._write is not None or (self._options is not None and self._options.receiving)
+
+    @property
+    def unfinished(self) -> bool:
+        """An option, or part of an answer, waits for ``go_on``; receive nothing until it does not."""
+        return self._options is not None and self._options.unfinished
 
     @property
     def traced(self) -> bool:
@@ -269,7 +247,8 @@ class ServerProtocol(Receiver):
         out = self._out
         if out:
             self._out = []
-            self._queued = self._pipelined = 0
+            if self._options is not None:
+                self._options.sent()
         return out
 
     def _parse(self, end: int, events: list[Event]) -> None:
@@ -306,13 +285,8 @@ class ServerProtocol(Receiver):
             assert self._requests is not None
             request, self._write = self._write, None
             events.append(self._requests.received(request, body))
-        elif self._option is not None:
-            if self._in_turns and not self._turn:
-                self._option_data, self.unfinished = body, True
-                return
-            option, self._option = self._option, None
-            self._turn = False
-            self._answer_option(option, body, events)
+        elif self._options is not None:
+            self._act(self._options, self._options.received(body), events)
 
     def _drain(self, length: int, after: tuple[OptionRequest, Rep] | tuple[Request, Refusal]) -> None:
         """Throw the next ``length`` bytes away, then answer."""
@@ -326,9 +300,9 @@ class ServerProtocol(Receiver):
         message, verdict = self._after_skip
         self._after_skip = None
         if isinstance(message, OptionRequest):
-            assert self._handshake is not None and isinstance(verdict, Rep)
-            self._handshake.dropped(message.option, message.length, verdict)
-            self._take_option_replies(self._handshake)
+            assert self._options is not None and isinstance(verdict, Rep)
+            self._options.handshake.dropped(message.option, message.length, verdict)
+            self._out += self._options.take_replies()
         else:
             assert isinstance(verdict, Refusal)
             self._refuse_request(message, verdict)
@@ -342,9 +316,7 @@ class ServerProtocol(Receiver):
         self._partial = b""
         self._body = None
         self._skip = 0
-        self._handshake = None
-        self._option = self._option_data = None
-        self.unfinished = False
+        self._options = None
         events.append(event)
 
     # Handshake
@@ -353,18 +325,18 @@ class ServerProtocol(Receiver):
         """TLS runs; what is received from now on came through it. Nothing agreed upon before is left."""
         if self.state is State.CLOSED:
             return
-        assert self.state is State.STARTING_TLS and self._handshake is not None
-        self._handshake.tls_started()
+        assert self.state is State.STARTING_TLS and self._options is not None
+        self._options.handshake.tls_started()
         self._become(State.OPTIONS)
 
     def accept(self, info: ExportInfo) -> list[Event]:
         """Answer GoRequested: enter transmission on ``info``. Returns events of input that was waiting."""
         if self.state is State.CLOSED:
             return []
-        assert self.state is State.DECIDING and self._handshake is not None
-        negotiated = self._handshake.accept(info)
-        self._take_option_replies(self._handshake)
-        self._handshake = None
+        assert self.state is State.DECIDING and self._options is not None
+        negotiated = self._options.handshake.accept(info)
+        self._out += self._options.take_replies()
+        self._options = None
         self._room = len(self._scratch)
         self.negotiated = negotiated
         self._replies = REPLIES[negotiated.style]
@@ -387,11 +359,11 @@ class ServerProtocol(Receiver):
         """The export of ExportWanted is open: answer the option, which may ask for more. Returns events."""
         if self.state is State.CLOSED:
             return []
-        assert self.state is State.DECIDING and self._handshake is not None
+        assert self.state is State.DECIDING and self._options is not None
         self._become(State.OPTIONS)
         events: list[Event] = []
         try:
-            self._act(self._handshake, self._handshake.opened(), events)
+            self._act(self._options, self._options.handshake.opened(), events)
         except ProtocolViolation as fault:
             self._close(events, Disconnected(False, str(fault)))
         return events if events else self._resume()
@@ -401,12 +373,12 @@ class ServerProtocol(Receiver):
         Disconnected: NBD_OPT_EXPORT_NAME cannot be refused otherwise."""
         if self.state is State.CLOSED:
             return []
-        assert self.state is State.DECIDING and self._handshake is not None
-        if not self._handshake.refuse(rep, text):
+        assert self.state is State.DECIDING and self._options is not None
+        if not self._options.handshake.refuse(rep, text):
             events: list[Event] = []
             self._close(events, Disconnected(False, f"NBD_OPT_EXPORT_NAME: {text}"))
             return events
-        self._take_option_replies(self._handshake)
+        self._out += self._options.take_replies()
         self._become(State.OPTIONS)
         return self._resume()
 
@@ -417,36 +389,18 @@ class ServerProtocol(Receiver):
 
     def go_on(self) -> list[Event]:
         """Answer an option, or the next part of it, if something is ``unfinished``. Returns events."""
-        handshake = self._handshake
-        if not self.unfinished or handshake is None:
+        options = self._options
+        if options is None or not options.unfinished:
             return []
-        self.unfinished = False
-        if handshake.more is not None:
-            self._take_more(handshake, REPLIES_AT_ONCE)
-            return self._resume()
-        self._turn = True
+        events: list[Event] = []
         try:
-            if self._option_data is None:
-                return self._resume()
-            events: list[Event] = []
-            body, self._option_data = self._option_data, None
-            try:
-                self._body_complete(body, events)
-            except ProtocolViolation as fault:
-                self._close(events, Disconnected(False, str(fault)))
+            self._act(options, options.go_on(), events)
             return events if events else self._resume()
+        except ProtocolViolation as fault:
+            self._close(events, Disconnected(False, str(fault)))
+            return events
         finally:
-            self._turn = False
-
-    def _take_more(self, handshake: Handshake, count: int | None = None) -> None:
-        """Queue the next replies of a long answer, or all."""
-        assert handshake.more is not None
-        replies = list(islice(handshake.more, count))
-        if count is None or len(replies) < count:
-            handshake.more = None
-        handshake.out += filter(None, replies)
-        self._take_option_replies(handshake)
-        self.unfinished = handshake.more is not None
+            options.end_turn()
 
     def _resume(self) -> list[Event]:
         """Parse what came while the shell was deciding."""
@@ -456,72 +410,29 @@ class ServerProtocol(Receiver):
     def _parse_client_flags(self, at: int, end: int) -> int:
         if end - at < CLIENT_FLAGS.size:
             return at
-        assert self._handshake is not None
-        self._handshake.client_flags(CLIENT_FLAGS.unpack_from(self._scratch, at)[0])
+        assert self._options is not None
+        self._options.handshake.client_flags(CLIENT_FLAGS.unpack_from(self._scratch, at)[0])
         self._become(State.OPTIONS)
         return at + CLIENT_FLAGS.size
 
     def _parse_option(self, at: int, end: int, events: list[Event]) -> int:
         """Parse one option at ``at``; return where the next one begins, or ``at`` if it is incomplete."""
-        start = at + OPTION.size
-        if end < start:
+        options = self._options
+        assert options is not None
+        at, event = options.parse(at, end)
+        if options.rest is None:
+            self._act(options, event, events)
             return at
-        option = OptionRequest.parse(self._scratch, at)
-        if option.magic != IHAVEOPT:
-            raise ProtocolViolation(f"option magic {option.magic:#x}")
-        length = option.length
-        goodbye = option.option == Opt.ABORT
-        if end - start < length <= SMALL_BODY and not goodbye:
+        (option, fate), options.rest = options.rest, None
+        if isinstance(fate, Rep):
+            self._drain(option.length, (option, fate))
             return at
-        handshake = self._handshake
-        assert handshake is not None
-        if self._admitted:
-            self._admitted = False
-            return self._begin_option(option, start, end)
-        if self._in_turns and not self._turn:
-            self.unfinished = True
-            return at
-        self._turn = False
-        self._pipelined += 1
-        if self._queued > self._limits.max_queued or self._pipelined > self._limits.max_pipelined:
-            raise ProtocolViolation("the client sends options without awaiting their replies")
-        verdict = handshake.begin(option.option, length)
-        if self._trace:
-            logger.debug("< %s", option)
-        if goodbye:
-            # Its data is ignored, and nothing may follow: no use in waiting for it.
-            self._answer_option(option, b"", events)
-            return end
-        if verdict is not None:
-            self._drain(length, (option, verdict))
-            return start
-        if end - start < length:
-            return self._begin_option(option, start, end)
-        self._answer_option(option, bytes(self._view[start : start + length]), events)
-        return start + length
-
-    def _begin_option(self, option: OptionRequest, start: int, end: int) -> int:
-        """Receive an option's data into a buffer of their own, which begins at ``start``."""
-        buffer = self._payload_buffer(option.length)
-        if buffer is None:
-            self._admitted = True
-            return start - OPTION.size
-        self._option = option
-        self._begin_body(memoryview(buffer)[: option.length], start, end)
+        self._begin_body(fate, at, end)
         return end
 
-    def _answer_option(self, option: OptionRequest, data: bytes | memoryview, events: list[Event]) -> None:
-        handshake = self._handshake
-        assert handshake is not None
-        self._act(handshake, handshake.option(option.option, data), events)
-
-    def _act(self, handshake: Handshake, event: OptionEvent, events: list[Event]) -> None:
-        self._take_option_replies(handshake)
-        if handshake.more is not None:
-            if self._in_turns:
-                self.unfinished = True
-            else:
-                self._take_more(handshake)
+    def _act(self, options: Options, event: OptionEvent, events: list[Event]) -> None:
+        """Queue what an option was answered, and do what it asked for."""
+        self._out += options.take_replies()
         if isinstance(event, GoRequested | ExportWanted):
             self._become(State.DECIDING)
             events.append(event)
@@ -529,16 +440,6 @@ class ServerProtocol(Receiver):
             self._become(State.STARTING_TLS)
         elif event is not None:
             self._close(events, event)
-
-    def _take_option_replies(self, handshake: Handshake) -> None:
-        replies = handshake.out
-        if self._trace:
-            for reply in replies:
-                if len(reply) >= OPTION_REPLY.size and self.state is not State.CLIENT_FLAGS:
-                    logger.debug("> %s", OptionReply.parse(reply))
-        self._queued += sum(map(len, replies))
-        self._out += replies
-        handshake.out = []
 
     # Transmission: requests
 

@@ -545,5 +545,5 @@ def test_selecting_again_and_again_costs_no_memory_and_mixes_nothing_up() -> Non
         for _, _, data in chosen:
             number, name = int.from_bytes(data[:4], "big"), data[4:].decode()
             assert given.setdefault(number, name) == name
-        assert protocol._handshake is not None and len(protocol._handshake._ids) <= 10
+        assert protocol._options is not None and len(protocol._options.handshake._ids) <= 10
     assert len(given) > 100, "what was forgotten gets another id"

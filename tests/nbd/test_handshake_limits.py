@@ -14,7 +14,8 @@ from nbdbm.nbd.catalog import ExportInfo
 from nbdbm.nbd.constants import Rep
 from nbdbm.nbd.events import Disconnected, Event, GoRequested
 from nbdbm.nbd.limits import DEFAULT_LIMITS, Limits
-from nbdbm.nbd.protocol import REPLIES_AT_ONCE, ServerProtocol
+from nbdbm.nbd.options import REPLIES_AT_ONCE
+from nbdbm.nbd.protocol import ServerProtocol
 from tests.support.options import FLAGS, Replies, haggle, info_data, kinds, meta_data, opt, split, string
 from tests.support.pair import DISK, ListCatalog
 

@@ -111,7 +111,7 @@ def test_eof(data: bytes, reason: str) -> None:
 
 def test_an_idle_connection_is_small() -> None:
     protocol = serving(DISK, EXTENDED)
-    assert protocol._handshake is None and protocol._partial == b"" and protocol._out == []
+    assert protocol._options is None and protocol._partial == b"" and protocol._out == []
 
 
 def test_wire_trace(caplog: pytest.LogCaptureFixture) -> None:
