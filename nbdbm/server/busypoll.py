@@ -7,6 +7,8 @@ the socket is asked again for some microseconds, if the request before came as s
 
 A client that takes its time is met asleep, and costs nothing; one that is gone costs one vain wait. One that
 sends many at a time is not waited for, but what it has sent meanwhile is taken without going to sleep.
+
+With more clients than one nobody is awaited so, but where all others wait for calm (misses.py).
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ takes up to as long as the limit itself."""
 
 TURN = 0.001
 """Seconds awake before the event loop gets its turn: other clients, signals and timers wait no longer."""
+
+LOOK = 0.0002
+"""The same while there are other clients: as long as a few requests take."""
 
 
 class BusyPoll:
@@ -60,9 +65,9 @@ class BusyPoll:
         self._turn_ends = now + TURN
         return self.going_on
 
-    def resume(self) -> None:
-        """The event loop has had its turn."""
-        self._turn_ends = self._clock() + TURN
+    def resume(self, turn: float = TURN) -> None:
+        """The event loop has had its turn; the next comes in ``turn`` seconds."""
+        self._turn_ends = self._clock() + turn
 
     def receive(self, get_buffer: Callable[[], memoryview]) -> int:
         """Receive into ``get_buffer()`` if something comes within the limit and the turn; else 0.
@@ -113,7 +118,8 @@ class Awake:
         get_buffer: where the next bytes belong.
         serve: acts on so many received bytes; how many requests that were if all of them are answered and
             sent and nothing else is to be done for the connection, else less than 0.
-        may: whether nobody else has to wait for the event loop meanwhile.
+        may: whether there is nothing to do for the connection but to wait, and nobody else has to wait for
+            the event loop meanwhile; called with True where others do not mind.
         failed: ends the connection after an exception (a bug) that nobody else would notice.
     """
 
@@ -124,7 +130,7 @@ class Awake:
         poll: BusyPoll,
         get_buffer: Callable[[], memoryview],
         serve: Callable[[int], int],
-        may: Callable[[], bool],
+        may: Callable[[bool], bool],
         failed: Callable[[], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -136,12 +142,19 @@ class Awake:
 
     def go_on(self, served: int) -> None:
         """So many requests have just been answered in a turn of the event loop, and nothing is left to do."""
-        if not self._may():
+        if not self._may(False):
             return
         if served > 1:
             self._take_more()
         elif self._poll.begin():
             self._stay()
+
+    def look(self) -> None:
+        """Everybody else waits for something else: stay awake for this client for a moment."""
+        if not self._may(True):
+            return
+        self._poll.resume(LOOK)
+        self._guarded(self._answer_ones)
 
     def _take_more(self) -> None:
         """Answer what has come while the requests before it were answered."""
@@ -152,23 +165,29 @@ class Awake:
 
     def _stay(self) -> None:
         """Answer requests that come one by one without going back to the event loop for each."""
+        self._answer_ones()
+        if self._poll.going_on:
+            self._loop.call_soon(self._stay_on)
+
+    def _answer_ones(self) -> None:
         poll = self._poll
         while count := poll.receive(self._get_buffer):
             if not 0 <= self._serve(count) <= 1:
                 # It waits for something, or several came at once: this client need not be waited for.
                 poll.stop()
                 return
-        if poll.going_on:
-            self._loop.call_soon(self._stay_on)
 
     def _stay_on(self) -> None:
         """The event loop has looked after everybody else, without sleeping."""
-        if not self._may():
+        if not self._may(False):
             self._poll.stop()
             return
         self._poll.resume()
+        self._guarded(self._stay)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            self._stay()
+            work()
         except BaseException:
             # Where the transport has called us it ends the connection.
             self._failed()

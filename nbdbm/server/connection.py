@@ -162,11 +162,11 @@ class NbdConnection(asyncio.BufferedProtocol):
         left = self._ahead or self._backlog.waiting or self._outbox.unsent or self._ended
         return not (left or self._protocol.queued or self._protocol.starved)
 
-    def _may_stay_awake(self) -> bool:
-        """Whether nobody else has to wait for the event loop meanwhile."""
-        return self._server.alone and not (
-            self._holdings.running or self._paused or self._ended or self._lost
-        )
+    def _may_stay_awake(self, beside_others: bool) -> bool:
+        """See ``Awake``."""
+        if not (beside_others or self._server.alone):
+            return False
+        return not (self._holdings.running or self._paused or self._ended or self._lost)
 
     @property
     def _begin_at_once(self) -> int:
@@ -236,6 +236,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._outbox.unsent.clear()
         if self._misses is not None:
             self._misses.drop()
+        if self._awake is not None:
+            self._server.calm.left(self._awake)
         for timer in (self._handshake, self._linger):
             if timer is not None:
                 timer.cancel()
@@ -382,9 +384,6 @@ class NbdConnection(asyncio.BufferedProtocol):
             self.account.contexts = [context.name for context in negotiated.contexts]
         if outlet is not None:
             self._misses = Misses(export, self._holdings, self._server.calm, self._arrived)
-            self._fast = FastPath(
-                export, self._protocol, outlet, self._server.buffers, tally, self._misses, ahead
-            )
             self._status_ahead = ahead
             if self._server.busy_poll and sock is not None:
                 self._awake = Awake(
@@ -394,6 +393,9 @@ class NbdConnection(asyncio.BufferedProtocol):
                     self._may_stay_awake,
                     self._fail,
                 )
+            self._fast = FastPath(
+                export, self._protocol, outlet, self._server.buffers, tally, self._misses, ahead, self._awake
+            )
         return events
 
     def _start_tls(self) -> None:

@@ -32,7 +32,7 @@ from nbdbm.nbd.receiver import SMALL_BODY
 from nbdbm.nbd.transmission import HEAD
 from nbdbm.server.ahead import StatusAhead
 from nbdbm.server.buffers import BufferPool
-from nbdbm.server.misses import Misses
+from nbdbm.server.misses import Asker, Misses
 from nbdbm.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,11 @@ class FastPath:
         tally: where what was done is counted.
         misses: where reads wait that miss the page cache.
         status: block status that is answered ahead, if any is.
+        asker: stays awake for the client.
     """
 
     __slots__ = (
+        "_asker",
         "_calm",
         "_cold",
         "_give",
@@ -108,10 +110,12 @@ class FastPath:
         tally: Tally,
         misses: Misses,
         status: StatusAhead | None,
+        asker: Asker | None,
     ) -> None:
         self._status = status
         self._tally = tally
         self._misses = misses
+        self._asker = asker
         self._calm = misses.calm
         self._cold = False
         """Reads missed of late: the next are not even tried, but the kernel told of all in one call."""
@@ -255,7 +259,7 @@ class FastPath:
         if statuses:
             self._statuses.record(statuses, 0, took)
         if reads or writes:
-            self._calm.asked = began + took
+            self._calm.answered(self._asker, began + took)
         return left, ahead, unsent
 
     def serve_arrived(self, most: int) -> tuple[list[Read], bytes]:

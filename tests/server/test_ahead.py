@@ -281,7 +281,7 @@ def test_a_client_that_takes_only_a_part() -> None:
             protocol.settle = None  # type: ignore[attr-defined]
             tally = Tally()
             misses = Misses(export, None, Calm(), lambda: None)  # type: ignore[arg-type]
-            fast = FastPath(export, protocol, ours, BufferPool(), tally, misses, status)  # type: ignore[arg-type]
+            fast = FastPath(export, protocol, ours, BufferPool(), tally, misses, status, None)  # type: ignore[arg-type]
             second, third = request(65536, 65536, cookie=5), request(131072, 65536)
             left, ahead, unsent = fast.serve([second, third], 16)
             assert left == [] and ahead == [third] and unsent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -164,12 +164,12 @@ class Counting(BusyPoll):
 
     received = taken = 0
 
-    def receive(self, get_buffer):  # type: ignore[no-untyped-def]
+    def receive(self, get_buffer: Callable[[], memoryview]) -> int:
         count = super().receive(get_buffer)
         Counting.received += bool(count)
         return count
 
-    def receive_now(self, get_buffer):  # type: ignore[no-untyped-def]
+    def receive_now(self, get_buffer: Callable[[], memoryview]) -> int:
         count = super().receive_now(get_buffer)
         Counting.taken += bool(count)
         return count

@@ -26,6 +26,7 @@ from nbdbm.server.fastpath import CHEAPER, FastPath
 from nbdbm.server.server import Server
 from tests.server.rawclient import READ, TRIM, WRITE, WRITE_ZEROES, RawClient
 from tests.server.running import run, until
+from tests.server.test_busypoll import Counting
 from tests.server.test_fastpath import (
     KIB,
     KINDS,
@@ -369,6 +370,89 @@ def test_whose_data_is_there_goes_first(
         await client.close()
         if relief != "alone":
             await other.close()
+
+    session(work)
+
+
+class Failing(Counting):
+    """Has a bug if it is told to."""
+
+    failing = False
+
+    def receive(self, get_buffer: Callable[[], memoryview]) -> int:
+        if Failing.failing:
+            raise ZeroDivisionError("a bug")
+        return super().receive(get_buffer)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
+    monkeypatch.setattr(Counting, "received", 0)
+    monkeypatch.setattr(Failing, "failing", False)
+    monkeypatch.setattr(connection, "BusyPoll", Failing)
+    monkeypatch.setattr(misses, "CALM_AFTER", FOR_EVER)
+    monkeypatch.setattr(misses, "PATIENCE", FOR_EVER)
+    monkeypatch.setattr(misses, "ONE_ONLY", 1)
+    return Failing
+
+
+@pytest.mark.parametrize("askers", [0, 1, 2])
+def test_who_asks_alone_is_awaited_awake(
+    session: Callable[[Work], None],
+    counting: type[Failing],
+    monkeypatch: pytest.MonkeyPatch,
+    askers: int,
+) -> None:
+    """While others wait for calm, so that there is nothing else to do."""
+
+    async def work(server: Server, image: Image, disk: SlowDisk, content: bytes) -> None:
+        server.busy_poll = 0.001
+        client = await connect(server, "simple", fast=True)
+        others = [await connect(server, "simple", fast=True) for _ in range(max(1, askers))]
+        replies = await ask(client, spread(20))
+        await until(lambda: len(disk.waiting) == 20)
+        disk.come()
+        for number in range(40 if askers else 0):
+            other = others[number % askers]
+            hits = await ask(other, spread(1))
+            await all_of(other, hits)
+            right(hits, content)
+        assert (counting.received > 10) is (askers == 1)
+        for other in others:
+            await other.close()
+        await until(lambda: server.alone)
+        assert server.calm._asker is None
+        monkeypatch.setattr(misses, "PATIENCE", 0)
+        await all_of(client, replies)
+        right(replies, content)
+        await client.close()
+
+    session(work)
+
+
+def test_a_bug_meanwhile_ends_the_one_and_not_the_other(
+    session: Callable[[Work], None], counting: type[Failing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(server: Server, image: Image, disk: SlowDisk, content: bytes) -> None:
+        failures: list[type] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: failures.append(type(context["exception"]))
+        )
+        server.busy_poll = 0.001
+        client, other = [await connect(server, "simple", fast=True) for _ in range(2)]
+        replies = await ask(client, spread(20))
+        await until(lambda: len(disk.waiting) == 20)
+        disk.come()
+        for _ in range(2):
+            await all_of(other, await ask(other, spread(1)))
+        counting.failing = True
+        await until(lambda: server.alone)
+        assert set(failures) == {ZeroDivisionError} and only(server).running == 20
+        monkeypatch.setattr(misses, "PATIENCE", 0)
+        await all_of(client, replies)
+        right(replies, content)
+        for each in (client, other):
+            await each.close()
 
     session(work)
 
