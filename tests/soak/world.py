@@ -302,7 +302,7 @@ class World:
         place = f"/proc/{self.process.pid}/fd"
         for name in os.listdir(place):
             try:
-                found[os.readlink(f"{place}/{name}").split("[")[0]] += 1
+                found[re.sub(r"(?<=^socket:)\[\d+\]$", "", os.readlink(f"{place}/{name}"))] += 1
             except FileNotFoundError:
                 continue
         return found
