@@ -5,7 +5,8 @@ the moment of a crash, a bitmap that calls itself consistent has missed nothing:
 
     arm      flags of each consistent entry rewritten in place, 4 bytes in one sector; one sync
     ...      writes; bits change in RAM only, while what is stored is loaded (bitmapstore.py) and added
-    store    changed bits to fresh clusters, new tables, a new directory without IN_USE; sync
+    store    changed bits to fresh clusters, new tables, a new directory without IN_USE; sync, also of what
+             the guest wrote last
              the header leads to the new directory: 8 bytes in one sector; sync
              the old ones are freed
 
@@ -107,9 +108,10 @@ class BitmapSaver:
     # -- store ---------------------------------------------------------------------------------
 
     async def store(self) -> None:
-        """Store every bitmap and take IN_USE off; after the last write, when all data is durable.
+        """Store every bitmap and take IN_USE off; after the last write, when all data is durable, and what
+        maps it durable or written (``Metadata.write_out``).
 
-        When this raises, the data is safe, and each bitmap is as it was, IN_USE, or is stored.
+        When this raises, each bitmap is as it was, IN_USE, or is stored.
 
         Raises:
             OSError, ImageError: a write or sync failed, or there is no space.
@@ -200,7 +202,7 @@ class BitmapSaver:
             old += self._span(was.directory_offset, was.directory_size)
         await self._metadata.flush()
         # Disk: bits, tables and directory, complete and counted, and nothing leads to them. The old
-        # directory holds.
+        # directory holds. At the end of a session: the guest's last mapping, too.
         return Staged(order, entries, extension, new, old)
 
     def header_for(self, staged: Staged) -> Header:

@@ -13,6 +13,9 @@ Metadata is changed in RAM only; a commit carries it to the file. One commit at 
 A power failure between the syncs leaves any part of the snapshot on disk. Each entry lies within a sector
 and was right before and is right after; a table that is linked but not yet filled is blank, that is, in
 its old state. Without changed metadata a commit is one sync.
+
+At the end of a session the bitmaps' barriers follow (bitmapsave.py), and the first of them serves as SYNC 2,
+unless something was unlinked.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ class Metadata:
         self.l1_offset = l1_offset
         self.broken: str | None = None
         """Why nothing may be written any more, once a sync has failed."""
+        self._owing = False
+        """A mapping of ``write_out`` awaits its sync."""
         self._cache = cache
         self._geometry = clusters.geometry
         self._punch = punch
@@ -205,6 +210,14 @@ class Metadata:
         """
         await asyncio.shield(asyncio.ensure_future(self._flush()))
 
+    async def write_out(self) -> None:
+        """``flush``, but for the last sync: that is left to the caller, if nothing needs it before (what was
+        unlinked must not get a new user before that is durable). Raises as ``flush``."""
+        async with self._commit_lock:
+            self.check()
+            self._started += 1  # and not finished: whoever flushes does not rely on it
+            await self._commit(durably=False)
+
     async def _flush(self) -> None:
         wanted = self._started + 1
         async with self._commit_lock:
@@ -216,7 +229,7 @@ class Metadata:
             await self._commit()
             self._finished = turn
 
-    async def _commit(self) -> None:
+    async def _commit(self, *, durably: bool = True) -> None:
         await self._reap()
         tables, self._tables = self._tables, {}
         l1, self._l1 = self._l1, set()
@@ -237,8 +250,11 @@ class Metadata:
                 for _, writes in pages:
                     for offset, data in writes:
                         await self.file.pwrite(offset, data)
-                await self._sync(self.file)
-                # Disk: the new mapping. What it no longer uses is leaked until its counts fall.
+                if durably or unlinked:
+                    await self._sync(self.file)
+                    # Disk: the new mapping. What it no longer uses is leaked until its counts fall.
+                else:
+                    self._owing = True
         except BaseException:
             for (mask, _), (number, table) in zip(pages, tables.items(), strict=True):
                 table.dirty |= mask
@@ -284,6 +300,15 @@ class Metadata:
             run.append(index)
         return writes
 
+    async def settle(self) -> None:
+        """Make durable what ``write_out`` has left, unless some sync has done so, or has failed to.
+
+        Raises:
+            ImageError: the sync failed.
+        """
+        if self._owing and self.broken is None:
+            await self.sync()
+
     async def sync(self) -> None:
         """Sync the file, outside of a commit; failing breaks the image as it does there."""
         await self._sync(self.file)
@@ -294,6 +319,8 @@ class Metadata:
         try:
             for file in dict.fromkeys(files):
                 await file.sync()
+            if self.file in files:
+                self._owing = False
         except OSError as error:
             raise self.give_up("a sync", error) from error
 

@@ -483,7 +483,10 @@ class Image:
     async def _finish(self, side: WriteSide) -> None:
         """Write all that is still only in memory: data and mapping first, then what the bitmaps say."""
         try:
-            await side.flush()
+            if self._metadata is None or self._saver is None:
+                await side.flush()
+            else:
+                await self._metadata.write_out()
         except OSError as error:
             bitmaps = "" if self._saver is None else "; the bitmaps stay marked as in use"
             why = error.strerror or error
@@ -506,6 +509,8 @@ class Image:
             ) from error
         finally:
             self.header = self._layers[0].header = self._saver.header
+            # Whatever has become of the bitmaps, and nothing if it has gone with one of their barriers.
+            await self._metadata.settle()
         if self._metadata.dirty:
             await self._metadata.flush()  # counts of what was freed last
 

@@ -76,12 +76,30 @@ def counted_down_early(patch: MonkeyPatch) -> None:
     """Refcounts fall with the commit that unlinks, not with the one after it."""
     commit = Metadata._commit
 
-    async def decrement_first(self: Metadata) -> None:
+    async def decrement_first(self: Metadata, **how: bool) -> None:
         unlinked, self._unlinked = self._unlinked, []
         await self.allocator.decrement(unlinked)
-        await commit(self)
+        await commit(self, **how)
 
     patch.setattr(Metadata, "_commit", decrement_first)
+
+
+def freed_before_unlinked_at_the_end(patch: MonkeyPatch) -> None:
+    """In closing, what was unlinked is free before the mapping without it is durable."""
+    write_out, sync = Metadata.write_out, Metadata._sync
+    closing: set[Metadata] = set()
+
+    async def write_out_carelessly(self: Metadata) -> None:
+        closing.add(self)
+        await write_out(self)
+        closing.remove(self)
+
+    async def first_sync_only(self: Metadata, *files: Any) -> None:
+        if self not in closing or len(files) > 1:
+            await sync(self, *files)
+
+    patch.setattr(Metadata, "write_out", write_out_carelessly)
+    patch.setattr(Metadata, "_sync", first_sync_only)
 
 
 def nobody_is_waited_for(patch: MonkeyPatch) -> None:
@@ -157,8 +175,8 @@ def data_file_synced_last(patch: MonkeyPatch) -> None:
     """The image file has the new mapping before the data file is synced."""
     commit, sync = Metadata._commit, Metadata._sync
 
-    async def commit_then_sync(self: Metadata) -> None:
-        await commit(self)
+    async def commit_then_sync(self: Metadata, **how: bool) -> None:
+        await commit(self, **how)
         await sync(self, self.data)
 
     async def sync_image(self: Metadata, *files: Any) -> None:
@@ -178,8 +196,8 @@ def mapping_before_counts(patch: MonkeyPatch) -> None:
     async def nothing(self: Allocator) -> bool:
         return False
 
-    async def counts_last(self: Metadata) -> None:
-        await commit(self)
+    async def counts_last(self: Metadata, **how: bool) -> None:
+        await commit(self, **how)
         await write_new(self.allocator)
         await write_dirty(self.allocator)
         await self.sync()
@@ -194,10 +212,10 @@ def mapping_before_data(patch: MonkeyPatch) -> None:
     commit, sync = Metadata._commit, Metadata._sync
     skipping: set[int] = set()
 
-    async def skip_one_sync(self: Metadata) -> None:
+    async def skip_one_sync(self: Metadata, **how: bool) -> None:
         if self._tables or self._l1:
             skipping.add(id(self))
-        await commit(self)
+        await commit(self, **how)
 
     async def sync_or_not(self: Metadata, *files: Any) -> None:
         if id(self) in skipping:
@@ -354,9 +372,9 @@ def failed_commit_forgotten(patch: MonkeyPatch) -> None:
     """What a commit could not write is not written by the next one either."""
     commit = Metadata._commit
 
-    async def careless(self: Metadata) -> None:
+    async def careless(self: Metadata, **how: bool) -> None:
         try:
-            await commit(self)
+            await commit(self, **how)
         except BaseException:
             for table in self._tables.values():
                 table.dirty = 0

@@ -280,6 +280,11 @@ def reuse_after_trim(disk: Disk) -> tuple[Group, ...]:
     )
 
 
+def freeing_last(disk: Disk) -> tuple[Group, ...]:
+    """Nobody flushes what frees clusters in the end, and the bitmaps that are stored then find them."""
+    return one(disk.trim(0, 2), disk.zeroes(4), disk.trim(6))
+
+
 def reuse_after_rewrite(disk: Disk) -> tuple[Group, ...]:
     """The same where writes replace clusters: compressed ones, ones that snapshots share."""
     quarter = disk.units // 4
@@ -399,6 +404,7 @@ WORKLOADS: dict[str, Callable[[Disk], tuple[Group, ...]]] = {
         forced,
         reuse_after_zeroes,
         reuse_after_trim,
+        freeing_last,
         reuse_after_rewrite,
         rewriting,
         subclusters,

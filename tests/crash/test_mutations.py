@@ -30,6 +30,7 @@ pytestmark = requires("qemu-img", "qemu-io")
         (mutants.linked_before_written, "data-file-backing", "many-flushes", "permitted are"),
         (mutants.counted_down_early, "v3", "reuse-after-trim", "has refcount 0"),
         (mutants.counted_down_early, "snapshot", "reuse-after-rewrite", "has refcount"),
+        (mutants.freed_before_unlinked_at_the_end, "v3", "freeing-last", "permitted are"),
         (mutants.armed_after_first_write, "v3", "in-place", "falsely clean"),
         (mutants.armed_after_first_write, "bitmaps", "reopening", "falsely clean"),
         (mutants.switched_before_durable, "v3", "in-place", ""),

@@ -12,11 +12,11 @@ import pytest
 from nbdbm.bitmaps.tracker import BitmapState
 from nbdbm.errors import ImageError
 from nbdbm.image import bitmapsave
-from nbdbm.image.image import Image
+from nbdbm.image.image import Image, OpenOptions
 from tests.image.bitmapbench import BITMAPS, CLUSTER, MIB, WRITING, Bench, built
 from tests.support import qcow2build
 from tests.support.bitmapjudge import Seen, agreed, assert_clean, qemu_sees, seen_in, sound, we_see
-from tests.support.faults import FaultPlan
+from tests.support.faults import CHANGING, FaultPlan
 from tests.support.marks import requires
 from tests.support.powercut import PowerCutFile, Timeline
 from tests.support.qcow2build import AUTO, IN_USE, Bitmap
@@ -376,6 +376,46 @@ def test_when_storing_fails_the_bitmaps_stay_in_use(
         path.write_bytes(data)
         SYSTEM.img("check", "-q", "-r", "leaks", path)
         assert qemu_sees(path) == we_see(path)
+
+
+@pytest.mark.parametrize("kinds", [CHANGING, {"sync"}], ids=["any", "syncs"])
+def test_what_was_not_flushed_is_safe_or_said_to_be_lost(
+    kinds: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever fails in closing: unless it is said, nothing is lost by a power failure right after that."""
+    caplog.set_level(logging.CRITICAL)
+    content = b"y" * 70_000
+
+    async def attempt(nth: int | None) -> tuple[FaultPlan, str]:
+        bench = Bench(built(*BITMAPS))
+        plan = FaultPlan(None, kinds)
+        image = await bench.open(plan)
+        await image.write(500_000, memoryview(content))
+        plan.seen, plan.nth = 0, nth
+        said = ""
+        try:
+            await image.close()
+        except (OSError, ImageError) as error:
+            said = str(error)
+        end = bench.timeline.mark()
+        if "what was written since the last flush" in said:
+            return plan, "lost"
+        assert not said or "the data is safe" in said
+        for state in bench.timeline.states(random=6, seed=nth or 0, window=(end, end)):
+            file = state.files[0]
+            image = await Image.open(file.path, OpenOptions(), lambda path, writable, file=file: file)
+            view = bytearray(len(content))
+            await image.read_into(memoryview(view), 500_000)
+            assert view == content, said
+            await image.close()
+        return plan, "safe" if said else "told nothing"
+
+    async def main() -> None:
+        total = (await attempt(None))[0].seen
+        outcomes = {(await attempt(nth))[1] for nth in range(total)}
+        assert outcomes == {"lost", "safe", "told nothing"}
+
+    asyncio.run(main())
 
 
 @needs_qemu
