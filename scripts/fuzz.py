@@ -184,12 +184,14 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("arguments", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)}")
     options = parser.parse_args()
-    if options.run:
-        run(options.arguments[0], options.arguments[1:])
-        return 0
-    targets = options.arguments or list(TARGETS)
+    targets = options.arguments[:1] if options.run else options.arguments or list(TARGETS)
+    if not targets:
+        parser.error("--run: of which target?")
     if wrong := set(targets) - set(TARGETS):
         parser.error(f"no target: {', '.join(sorted(wrong))}")
+    if options.run:
+        run(targets[0], options.arguments[1:])
+        return 0
     if options.keep:
         keep(targets)
         return 0
