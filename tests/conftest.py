@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import shutil
 import sys
@@ -22,6 +23,9 @@ settings.load_profile("nbdbm")
 # For the tests' own event loops; servers started as subprocesses run as users run them
 # (tests/support/servers.py drops the variable).
 os.environ.setdefault("PYTHONASYNCIODEBUG", "1")
+# In that mode asyncio warns of callbacks that took long, as any may on a busy machine: where a test runs a
+# command in this process, that would be a line of its stderr.
+logging.getLogger("asyncio").addFilter(lambda record: not record.getMessage().startswith("Executing "))
 
 
 GALLERY = "NBDBM_TEST_GALLERY"
