@@ -254,6 +254,8 @@ class Metadata:
                     await self._sync(self.file)
                     # Disk: the new mapping. What it no longer uses is leaked until its counts fall.
                 else:
+                    # Disk: any part of the new mapping, as between the syncs, and all that it needs. Nothing
+                    # that it replaces is free, for nothing was unlinked.
                     self._owing = True
         except BaseException:
             for (mask, _), (number, table) in zip(pages, tables.items(), strict=True):
