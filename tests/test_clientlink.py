@@ -95,14 +95,14 @@ BAD_READS: dict[str, Callable[[events.Command], bytes]] = {
 def test_bad_answers_to_a_read(tmp_path: Path, case: str) -> None:
     async def main() -> None:
         disk = DiskServer(answer=BAD_READS[case])
-        async with connected(tmp_path, disk, extended=False, timeout=30) as client:
+        async with connected(tmp_path, disk, extended=False, timeout=5) as client:
             await refused(client.read(0, 4096), client.uri)
 
     tracemalloc.start()
     try:
         started = time.monotonic()
         run(main())
-        assert time.monotonic() - started < 25
+        assert time.monotonic() - started < 4
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()

@@ -188,7 +188,7 @@ def test_absent_tables_cost_nothing(tmp_path: Path) -> None:
     async def look(image: Image) -> None:
         started = time.monotonic()
         runs = await image.status(0, image.size)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 2
         assert shown(runs) == [((1 << 28) - 1, "Z", 0), (1, "D", 1)]
 
     engine.use(path, look)
